@@ -1,0 +1,74 @@
+"""Self-attention: where query, key and value are made, matched and mixed.
+
+R rows, N tokens, H heads, G key/value heads, D hidden size, d_k = head_dim, d_v = value_head_dim.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .kernels import attention_kernel
+from .positions import POSITIONS
+from .scores import SCORES
+
+
+class View(NamedTuple):
+    """What a layer is told of its tokens, made once a forward and shared by all layers with the same setting.
+
+    Attributes:
+        mask: who sees whom, as the kernel's `mask` made it.
+        position: the tables that the position's `state` made.
+    """
+
+    mask: Any
+    position: Any
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; shared key/value heads: Ainslie et al. 2023,
+    arXiv:2305.13245.
+
+    Args:
+        config: a SelfAttnConfig.
+        layer_idx: the number of the layer, from 0.
+        view_index: which of the forward's views this layer reads.
+    """
+
+    is_causal = False  # asked for by transformers; direction is config.causal
+
+    def __init__(self, config, layer_idx: int, view_index: int = 0):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.view_index = view_index
+        self.head_dim = config.query_key_dim
+        self.value_head_dim = config.value_dim
+        heads, groups, bias = config.num_attention_heads, config.num_groups, config.attention_bias
+
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups * self.value_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.value_head_dim, config.hidden_size, bias=bias)
+        self.position = POSITIONS[config.position_encoding].from_config(config, layer_idx).layer(config)
+        self.score_function = SCORES[config.score_function](config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, views: list[View], need_weights: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(R, N, D) to (R, N, D), and weights (R, H, N, N) if they are needed."""
+        view = views[self.view_index]
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (R, N, H, d_k)
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (R, N, G, d_k)
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.value_head_dim))  # (R, N, G, d_v)
+
+        query, key, bias = self.position(query, key, view.position)
+        query, key, scoring = self.score_function(query, key, bias)
+
+        dropout = self.config.attention_dropout if self.training else 0.0
+        heads, weights = attention_kernel(self.config).attend(
+            query, key, value, view.mask, scoring, dropout=dropout, need_weights=need_weights
+        )
+        return self.o_proj(heads.flatten(-2)), weights

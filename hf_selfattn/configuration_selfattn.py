@@ -1,0 +1,310 @@
+"""SelfAttnConfig: every option of the encoder, its unit and its check."""
+
+import difflib
+from dataclasses import fields
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .patterns import PATTERNS, layer_patterns
+from .positions import POSITIONS
+from .scores import SCORES
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_selfattn.SelfAttnConfig",
+    "AutoModel": "modeling_selfattn.SelfAttnModel",
+    "AutoModelForMaskedLM": "modeling_selfattn.SelfAttnForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_selfattn.SelfAttnForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_selfattn.SelfAttnForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_selfattn.SelfAttnForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_selfattn.SelfAttnForMultipleChoice",
+}
+"""Which class in the saved code serves which Auto class; the whole of it goes with every model, whatever its head."""
+
+
+@strict
+class SelfAttnConfig(PreTrainedConfig):
+    """Configuration of a `SelfAttn…` model.
+
+    Types are checked on every assignment; combinations when the config is made, saved or loaded, and when a model is
+    made from it. A misspelt option is refused with the nearest name.
+
+    Sizes (counts of features, tokens or layers, all >= 1):
+        vocab_size: V, the number of token ids.
+        hidden_size: D, the width between layers.
+        num_hidden_layers: the number of layers.
+        num_attention_heads: H.
+        num_key_value_heads: G, heads of keys and values, each shared by H / G query heads; None: H.
+        head_dim: d_k, the width of one head's query and key; None: hidden_size / num_attention_heads.
+        value_head_dim: d_v, the width of one head's value; None: head_dim.
+        intermediate_size: inner width of the feed-forward; None: 4 * hidden_size if plain, and if gated two thirds of
+            that rounded up to a multiple of 64, for the same number of parameters.
+        embedding_size: width of the token vectors, projected to hidden_size where it differs; None: hidden_size.
+        type_vocab_size: the number of token types (sentence A, sentence B); 0: none.
+        max_position_embeddings: tokens in the longest text; None: any length.
+
+    Attention:
+        score_function: a row of SCORES.
+        attention_pattern: a row of PATTERNS, one for all layers or a list with one per layer.
+        causal: whether a token sees only itself and what is before it.
+        window_radius: tokens seen on one side by 'sliding_window'; one number, or a list with one per layer (None for
+            layers of another pattern).
+        position_encoding: a row of POSITIONS.
+        rope_parameters: {"rope_theta": base of the rotary frequencies}; None: 10,000.
+        attention_bias: whether the four projections have biases.
+
+    Block:
+        norm_position: "pre" (before attention and feed-forward, and once after the last layer) or "post" (after each
+            sum, as in BERT).
+        norm_type: "layer_norm" or "rms_norm".
+        norm_eps: added to the variance.
+        norm_bias: whether layer norms have biases.
+        first_layer_norm: with "pre", whether the first layer has a norm before its attention (ModernBERT: no).
+        embedding_norm: whether embeddings are normed.
+        mlp_type: "plain" or "gated".
+        mlp_bias: whether the feed-forward has biases.
+        hidden_act: the feed-forward's activation, a name in transformers' ACT2FN.
+
+    Dropout (rates from 0 to below 1, in training only):
+        attention_dropout: of attention weights.
+        hidden_dropout: of what attention and feed-forward add.
+        embedding_dropout: of embeddings.
+        classifier_dropout: of what enters a classifier.
+
+    Heads:
+        head_type: the form of the masked language model's and the classifiers' heads: "bert", "roberta",
+            "distilbert" or "modernbert".
+        pooling: what stands for a whole text: the "first" token, the "mean" or the "max" over its tokens.
+        tie_word_embeddings: whether the masked language model's output layer shares the token vectors.
+
+    Others:
+        initializer_range: standard deviation of new weights.
+        pad_token_id, bos_token_id, eos_token_id: special token ids, or None.
+
+    Raises:
+        StrictDataclassFieldValidationError: for a value of the wrong type.
+        StrictDataclassClassValidationError: for values that do not go together.
+        TypeError: for a misspelt option.
+    """
+
+    model_type = "selfattn"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    intermediate_size: int | None = None
+    embedding_size: int | None = None
+    type_vocab_size: int = 0
+    max_position_embeddings: int | None = None
+
+    score_function: str = "scaled_dot_product"
+    attention_pattern: str | list[str] = "full"
+    causal: bool = False
+    window_radius: int | list[int | None] | None = None
+    position_encoding: str = "rotary"
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    first_layer_norm: bool = True
+    embedding_norm: bool = True
+    mlp_type: Literal["plain", "gated"] = "gated"
+    mlp_bias: bool = False
+    hidden_act: str = "gelu"
+
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+
+    head_type: Literal["bert", "roberta", "distilbert", "modernbert"] = "modernbert"
+    pooling: Literal["first", "mean", "max"] = "mean"
+    tie_word_embeddings: bool = True
+
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        # The code travels with every saved model, so the map always names the files beside it.
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """As in transformers, but where the user said nothing, `rope_parameters` stays None."""
+        said = {"rope_theta", "rope_scaling", "partial_rotary_factor"} & set(kwargs)
+        return super().convert_rope_params_to_dict(**kwargs) if said or self.rope_parameters else kwargs
+
+    @property
+    def query_key_dim(self) -> int:
+        """d_k, the width of one head's query and key."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """d_v, the width of one head's value."""
+        return self.query_key_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def num_groups(self) -> int:
+        """G, the number of key/value heads."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def feed_forward_size(self) -> int:
+        """The inner width of the feed-forward."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return 4 * self.hidden_size if self.mlp_type == "plain" else -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the token vectors."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    @property
+    def output_attentions(self) -> bool | None:
+        """Whether the model returns attention weights. They come from every kernel, so none is excluded."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None):
+        self._output_attentions = value
+
+    def validate_output_attentions(self):
+        """transformers allows weights from 'eager' alone; here every kernel gives them."""
+
+    def validate_sizes(self):
+        for name in _SIZES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.type_vocab_size < 0:
+            raise ValueError(f"type_vocab_size must be 0 (no token types) or more, got {self.type_vocab_size}.")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}. "
+                "Change one of them, or set head_dim, which is free of both."
+            )
+        if self.num_attention_heads % self.num_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_groups}, and each key/value head serves the same number of heads. Use a divisor."
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be below vocab_size {self.vocab_size}, got {self.pad_token_id}. "
+                "Set vocab_size to the length of the tokenizer, or pad_token_id=None."
+            )
+
+    def validate_rates(self):
+        for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}.")
+        for name in ("norm_eps", "initializer_range"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+
+    def validate_choices(self):
+        patterns = self.attention_pattern if isinstance(self.attention_pattern, list) else [self.attention_pattern]
+        _check_choice("score_function", [self.score_function], SCORES)
+        _check_choice("attention_pattern", patterns, PATTERNS)
+        _check_choice("position_encoding", [self.position_encoding], POSITIONS)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}.")
+
+    def validate_patterns(self):
+        used = {self.attention_pattern} if isinstance(self.attention_pattern, str) else set(self.attention_pattern)
+        if not used <= set(PATTERNS):
+            return  # validate_choices says so
+        options = {option for cls in PATTERNS.values() for option in cls.options}
+        for name in ("attention_pattern", *options):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} as a list has one entry per layer, got {len(value)} entries for "
+                    f"num_hidden_layers={self.num_hidden_layers}. Give one for each, or a single value for all."
+                )
+        for name in options - {option for pattern in used for option in PATTERNS[pattern].options}:
+            if getattr(self, name) is not None:
+                needing = [repr(pattern) for pattern, cls in PATTERNS.items() if name in cls.options]
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect: no layer has an attention_pattern that uses it "
+                    f"({', '.join(needing)}), got {self.attention_pattern!r}. Set that pattern, or {name}=None."
+                )
+        layer_patterns(self)
+
+    def validate_positions(self):
+        if self.position_encoding not in POSITIONS:
+            return  # validate_choices says so
+        if self.rope_parameters and self.position_encoding != "rotary":
+            raise ValueError(
+                f"rope_parameters={self.rope_parameters} has no effect with position_encoding "
+                f"{self.position_encoding!r}. Set position_encoding='rotary', or rope_parameters=None."
+            )
+        problem = POSITIONS[self.position_encoding].check(self)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def validate_pooling(self):
+        if self.causal and self.pooling == "first":
+            raise ValueError(
+                "pooling 'first' with causal=True reads a token that sees nothing but itself. Use pooling='mean' or 'max'."
+            )
+
+    def _refuse_misspelt(self, options: dict) -> None:
+        own = [field.name for field in fields(self) if field.name not in _OF_THE_LIBRARY]
+        for name in options:
+            if name in _OF_THE_LIBRARY or name.startswith("_") or name.endswith("_token_id"):
+                continue
+            nearest = difflib.get_close_matches(name, own, n=3, cutoff=0.59)
+            if nearest:
+                raise TypeError(
+                    f"{type(self).__name__} has no option {name!r}, got {name}={options[name]!r}. "
+                    f"Did you mean {' or '.join(map(repr, nearest))}?"
+                )
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "value_head_dim",
+    "intermediate_size",
+    "embedding_size",
+    "max_position_embeddings",
+)
+
+_OF_THE_LIBRARY = (
+    {field.name for field in fields(PreTrainedConfig)}
+    | set(GenerationConfig._get_default_generation_params())
+    | {"num_labels", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation"}
+    | {"output_attentions", "rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
+    | {"quantization_config", "auto_map", "model_type", "use_cache", "task_specific_params", "custom_pipelines"}
+)
+
+
+def _check_choice(option: str, values: list[str], table: dict) -> None:
+    for value in values:
+        if value not in table:
+            raise ValueError(
+                f"{option} must be one of {', '.join(map(repr, table))}, got {value!r}. "
+                "A choice of your own must be registered (import its module) before the config is made."
+            )
+
+
+SelfAttnConfig.register_for_auto_class()

@@ -1,0 +1,304 @@
+"""Heads for text: masked language model, classifiers of texts and tokens, answers, multiple choice."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from .encoder import SelfAttnModel, SelfAttnPreTrainedModel
+from .layers import make_norm
+from .losses import IGNORED, classification_loss, cross_entropy, span_loss
+from .packing import Packing, values_can_be_read
+
+
+class PredictionHead(nn.Module):
+    """dense, activation, norm: what stands between the encoder and an output layer.
+
+    Args:
+        config: a SelfAttnConfig.
+        size: the width of what comes out.
+    """
+
+    def __init__(self, config, size: int):
+        super().__init__()
+        modern = config.head_type == "modernbert"
+        self.dense = nn.Linear(config.hidden_size, size, bias=not modern)
+        self.activation = ACT2FN["gelu" if config.head_type == "roberta" else config.hidden_act]
+        self.norm = make_norm(config, size, bias=config.norm_bias if modern else True)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(…, D) to (…, size)."""
+        return self.norm(self.activation(self.dense(hidden_states)))
+
+
+class TextHead(nn.Module):
+    """What stands between the pooled text and the classifier in BERT and RoBERTa (tanh) and DistilBERT (relu).
+
+    RoBERTa has dropout before the dense layer too; all have it after.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = nn.Dropout(config.classifier_dropout if config.head_type == "roberta" else 0.0)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN["relu" if config.head_type == "distilbert" else "tanh"]
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(B, D) to (B, D)."""
+        return self.activation(self.dense(self.dropout(pooled)))
+
+
+def make_head(config, of_texts: bool) -> nn.Module:
+    """The layer before a classifier, in the form of `head_type`: of whole texts, or of tokens."""
+    if config.head_type == "modernbert":
+        return PredictionHead(config, config.hidden_size)
+    return TextHead(config) if of_texts else nn.Identity()
+
+
+def pool(hidden_states: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
+    """One vector for each row: its first real token, or the mean or maximum over its real tokens; 0 where it has none.
+
+    Args:
+        hidden_states: (R, N, D).
+        packing: the form of the batch.
+        pooling: "first", "mean" or "max".
+
+    Raises:
+        ValueError: if a row holds several documents, whose vectors would be mixed.
+    """
+    if not packing.one_document:
+        _refuse_several_documents(packing)
+    real = packing.real.unsqueeze(-1)
+    if pooling == "first":
+        first = packing.real.long().argmax(dim=1)
+        pooled = hidden_states[torch.arange(len(first), device=first.device), first]
+    elif pooling == "mean":
+        pooled = (hidden_states * real).sum(1) / real.sum(1).clamp(min=1)
+    else:
+        pooled = hidden_states.masked_fill(~real, torch.finfo(hidden_states.dtype).min).amax(1)
+    return pooled.masked_fill(~packing.real.any(1, keepdim=True), 0)
+
+
+def _refuse_several_documents(packing: Packing) -> None:
+    document = packing.tokens.document
+    if not values_can_be_read(document):
+        return
+    first = document.amax(1, keepdim=True)
+    if bool(((document != first) & (document >= 0)).any()):
+        raise ValueError(
+            "A head for whole texts gives one answer for each row, got rows that hold several documents (position_ids "
+            "or cu_seq_lens_q say so). Pass one document in each row, with an attention_mask."
+        )
+
+
+class SelfAttnForMaskedLM(SelfAttnPreTrainedModel):
+    """The encoder with a masked language model's head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = SelfAttnModel(config)
+        self.head = PredictionHead(config, config.embedding_width)
+        self.lm_head = nn.Linear(config.embedding_width, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
+        """
+        Args:
+            input_ids, attention_mask: as in `SelfAttnModel.forward`, like all of `kwargs`.
+            labels: (B, N) token ids, -100 where there is nothing to predict.
+            num_items_in_batch: labelled tokens of all accumulation steps and processes, given by the Trainer.
+
+        Returns:
+            `loss` in nats and `logits` (B, N, V), 0 at padding.
+        """
+        outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
+        logits = self.lm_head(self.head(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, packing.pack(labels, fill=IGNORED), num_items_in_batch)
+        return MaskedLMOutput(
+            loss=loss,
+            logits=packing.unpack(logits),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SelfAttnForSequenceClassification(SelfAttnPreTrainedModel):
+    """The encoder with a classifier of whole texts: one label, several labels, or numbers (regression)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SelfAttnModel(config)
+        self.head = make_head(config, of_texts=True)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
+        """
+        Args:
+            input_ids, attention_mask: as in `SelfAttnModel.forward`, like all of `kwargs`.
+            labels: as in `losses.classification_loss`. Where `config.problem_type` is None: regression if there is
+                one output, single label if labels are integers, else multi label.
+            num_items_in_batch: entries of labels of all accumulation steps and processes, given by the Trainer.
+
+        Returns:
+            `loss` and `logits` (B, num_labels).
+        """
+        outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
+        pooled = pool(outputs.last_hidden_state, packing, self.config.pooling)
+        logits = self.classifier(self.dropout(self.head(pooled)))
+        loss = None
+        if labels is not None:
+            problem = self.config.problem_type or _problem_type(self.num_labels, labels)
+            loss = classification_loss(logits, labels, problem, num_items_in_batch)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SelfAttnForTokenClassification(SelfAttnPreTrainedModel):
+    """The encoder with a classifier of tokens."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SelfAttnModel(config)
+        self.head = make_head(config, of_texts=False)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
+        """
+        Args:
+            input_ids, attention_mask: as in `SelfAttnModel.forward`, like all of `kwargs`.
+            labels: (B, N) class numbers, -100 for none.
+            num_items_in_batch: labelled tokens of all accumulation steps and processes, given by the Trainer.
+
+        Returns:
+            `loss` and `logits` (B, N, num_labels), 0 at padding.
+        """
+        outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
+        logits = self.classifier(self.dropout(self.head(outputs.last_hidden_state)))
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, packing.pack(labels, fill=IGNORED), num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss,
+            logits=packing.unpack(logits),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SelfAttnForQuestionAnswering(SelfAttnPreTrainedModel):
+    """The encoder with two outputs for each token: where the answer starts and where it ends."""
+
+    accepts_loss_kwargs = False  # its batches carry no `labels`, so the Trainer cannot count its items
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = SelfAttnModel(config)
+        self.head = make_head(config, of_texts=False)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, start_positions=None, end_positions=None, **kwargs):
+        """
+        Args:
+            input_ids, attention_mask: as in `SelfAttnModel.forward`, like all of `kwargs`.
+            start_positions, end_positions: (B,) the places of the answer's first and last token.
+
+        Returns:
+            `loss`, `start_logits` and `end_logits` (B, N), 0 at padding.
+        """
+        outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
+        logits = packing.unpack(self.qa_outputs(self.dropout(self.head(outputs.last_hidden_state))))
+        start_logits, end_logits = (side.squeeze(-1).contiguous() for side in logits.split(1, dim=-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start_logits, end_logits, start_positions, end_positions, packing.real)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
+    """The encoder with one number for each choice."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = SelfAttnModel(config)
+        self.head = make_head(config, of_texts=True)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        position_ids=None,
+        token_type_ids=None,
+        inputs_embeds=None,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """
+        Args:
+            input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds: as in `SelfAttnModel.forward`, with
+                one more dimension for the choices: (B, C, …).
+            labels: (B,) the number of the right choice, or -100 for none.
+            num_items_in_batch: labelled examples of all accumulation steps and processes, given by the Trainer.
+
+        Returns:
+            `loss` and `logits` (B, C).
+        """
+        shape = (inputs_embeds if input_ids is None else input_ids).shape
+        flat = (
+            None if x is None else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
+        )
+        outputs, packing = self.model(*flat, return_packing=True, **_as_dict(kwargs))
+        pooled = pool(outputs.last_hidden_state, packing, self.config.pooling)
+        logits = self.classifier(self.dropout(self.head(pooled))).view(shape[:2])
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _problem_type(num_labels: int, labels: torch.Tensor) -> str:
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def _as_dict(kwargs: dict) -> dict:
+    """The arguments for the encoder, which must answer with a dict whatever the caller or the config asks of the head."""
+    return {**kwargs, "return_dict": True}

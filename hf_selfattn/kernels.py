@@ -1,0 +1,90 @@
+"""The table of kernels: how attention is computed, never what is computed.
+
+A kernel is two functions in one file:
+
+    mask(pattern, query, key, packing, heads, user_mask)
+        what this kernel needs to know of who sees whom; called once a forward for each distinct pattern
+    attend(query, key, value, mask, scoring, dropout, need_weights) -> (heads, weights or None)
+        query (R, N, H, d_k), key (R, K, G, d_k), value (R, K, G, d_v) -> heads (R, N, H, d_v), weights (R, H, N, K)
+
+It computes what `kernels_eager.attend` computes, or `reasons(config, device_type, dtype, training)` says why not.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from .kernels_dense import attend_sdpa, eager_reasons, sdpa_reasons
+from .kernels_dense import mask as dense_mask
+from .kernels_eager import attend as attend_eager
+from .kernels_flex import attend as attend_flex
+from .kernels_flex import mask as flex_mask
+from .kernels_flex import reasons as flex_reasons
+
+logger = logging.get_logger(__name__)
+
+
+class Kernel(NamedTuple):
+    """The pair of functions of a kernel, and its refusals."""
+
+    mask: Callable
+    attend: Callable
+    reasons: Callable
+
+
+KERNELS: dict[str, Kernel] = {
+    "sdpa": Kernel(dense_mask, attend_sdpa, sdpa_reasons),
+    "flex_attention": Kernel(flex_mask, attend_flex, flex_reasons),
+    "eager": Kernel(dense_mask, attend_eager, eager_reasons),
+}
+"""In the order in which they are tried where `attn_implementation` names none."""
+
+
+def unsupported_reasons(
+    config,
+    kernel: str,
+    *,
+    device_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    training: bool | None = None,
+) -> list[str]:
+    """Why `kernel` cannot compute what `config` asks for; empty if it can. None means: not known yet.
+
+    Args:
+        config: a SelfAttnConfig.
+        kernel: a row of KERNELS.
+        device_type: "cpu", "cuda", …
+        dtype: the type of query, key and value.
+        training: whether gradients are needed.
+
+    Raises:
+        ValueError: for a name that is not in KERNELS.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"attn_implementation {kernel!r} is not known. Known are: {', '.join(KERNELS)}.")
+    return KERNELS[kernel].reasons(config, device_type, dtype, training)
+
+
+def default_kernel(config, **known) -> str:
+    """The first kernel of KERNELS that can compute `config`; `known` as for `unsupported_reasons`."""
+    name = next(name for name in KERNELS if not unsupported_reasons(config, name, **known))
+    logger.info(f"attn_implementation: {name}, the first of {', '.join(KERNELS)} that can compute this configuration.")
+    return name
+
+
+def check_kernel(config, kernel: str, **known) -> None:
+    """Raises ValueError if `kernel` cannot compute `config`; `known` as for `unsupported_reasons`."""
+    found = unsupported_reasons(config, kernel, **known)
+    if found:
+        able = [repr(name) for name in KERNELS if not unsupported_reasons(config, name, **known)]
+        raise ValueError(
+            f"attn_implementation {kernel!r} cannot compute this configuration: {'; '.join(found)}. "
+            f"Use attn_implementation={' or '.join(able)}."
+        )
+
+
+def attention_kernel(config) -> Kernel:
+    """The kernel that `config` names now: `set_attn_implementation` changes the config and tells no module."""
+    return KERNELS[config._attn_implementation]

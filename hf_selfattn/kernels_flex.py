@@ -1,0 +1,92 @@
+"""torch's flex attention: whole blocks of pairs that nobody may see are skipped."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .kernels_dense import sdpa_reasons
+from .kernels_eager import attend as attend_eager
+from .masks import allowed, visible
+from .packing import Packing, Tokens
+from .scores import Scoring
+
+
+class FlexMask(NamedTuple):
+    """flex's own mask, and what the dense mask is made from when weights are wanted."""
+
+    blocks: Any
+    pattern: Any
+    query: Tokens
+    key: Tokens
+    heads: range
+    user_mask: torch.Tensor | None
+
+
+def mask(
+    pattern, query: Tokens, key: Tokens, packing: Packing, heads: range, user_mask: torch.Tensor | None
+) -> FlexMask:
+    """A BlockMask of who sees whom, made from the same rule as the dense mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def may_see(row, head, query_index, key_index):
+        head = head + heads.start
+        seen = visible(pattern, head, query.at((row, query_index)), key.at((row, key_index)))
+        if user_mask is None:
+            return seen
+        return seen & user_mask[row, head if user_mask.shape[1] > 1 else 0, query_index, key_index]
+
+    rows, num_queries = query.document.shape
+    by_head = pattern.per_head or (user_mask is not None and user_mask.shape[1] > 1)
+    blocks = create_block_mask(
+        may_see,
+        B=rows,
+        H=len(heads) if by_head else None,
+        Q_LEN=num_queries,
+        KV_LEN=key.document.shape[1],
+        device=query.document.device,
+    )
+    return FlexMask(blocks, pattern, query, key, heads, user_mask)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: FlexMask,
+    scoring: Scoring,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `kernels_eager.attend`, by `flex_attention`; with `need_weights` it is `kernels_eager.attend`."""
+    if need_weights:
+        dense = allowed(mask.pattern, mask.query, mask.key, mask.heads, mask.user_mask)
+        return attend_eager(query, key, value, dense, scoring, dropout, need_weights)
+    (scale,) = scoring.parameters
+    heads = _flex_attention(query.device.type)(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        block_mask=mask.blocks,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return heads.transpose(1, 2), None
+
+
+@lru_cache
+def _flex_attention(device_type: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Compiling for a CPU takes about 10 s for each new shape.
+    return flex_attention if device_type == "cpu" else torch.compile(flex_attention)
+
+
+def reasons(config, device_type: str | None, dtype: torch.dtype | None, training: bool | None) -> list[str]:
+    """What flex attention cannot compute."""
+    found = sdpa_reasons(config, device_type, dtype, training)
+    if training and config.attention_dropout > 0:
+        found.append(f"it has no dropout of weights, and attention_dropout is {config.attention_dropout}")
+    if training and device_type == "cpu":
+        found.append("it has no backward on a CPU (for values alone, call the model under torch.no_grad())")
+    return found

@@ -1,0 +1,64 @@
+"""The block: attention and feed-forward, each with its residual connection, and norms wherever they are wanted."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import SelfAttention, View
+
+
+def make_norm(config, size: int | None = None, bias: bool | None = None) -> nn.Module:
+    """The norm that the config asks for, over the last `size` features (hidden_size if None).
+
+    Source: LayerNorm, Ba et al. 2016, arXiv:1607.06450; RMSNorm (which has no bias), Zhang & Sennrich 2019,
+    arXiv:1910.07467.
+    """
+    size = config.hidden_size if size is None else size
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.norm_bias if bias is None else bias)
+
+
+class FeedForward(nn.Module):
+    """act(x W_up) W_down, or gated: (act(x W_gate) * x W_up) W_down. Source: Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, config):
+        super().__init__()
+        inner, bias = config.feed_forward_size, config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias) if config.mlp_type == "gated" else None
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(R, N, D) to (R, N, D)."""
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(hidden_states)))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x)), or with the norms after each sum.
+
+    Source: post-norm, Vaswani et al. 2017, arXiv:1706.03762; pre-norm, Xiong et al. 2020, arXiv:2002.04745.
+    """
+
+    def __init__(self, config, layer_idx: int, view_index: int = 0):
+        super().__init__()
+        pre, post = config.norm_position == "pre", config.norm_position == "post"
+        first = pre and (layer_idx > 0 or config.first_layer_norm)
+        self.attention_norm = make_norm(config) if first else nn.Identity()
+        self.attention = SelfAttention(config, layer_idx, view_index)
+        self.attention_post_norm = make_norm(config) if post else nn.Identity()
+        self.feed_forward_norm = make_norm(config) if pre else nn.Identity()
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_post_norm = make_norm(config) if post else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, views: list[View], need_weights: bool = False) -> torch.Tensor:
+        """(R, N, D) to (R, N, D). The weights are taken from the attention by transformers' capturing hooks."""
+        attended, _ = self.attention(self.attention_norm(hidden_states), views, need_weights)
+        hidden_states = self.attention_post_norm(hidden_states + self.dropout(attended))
+        transformed = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return self.feed_forward_post_norm(hidden_states + self.dropout(transformed))

@@ -1,0 +1,93 @@
+"""Losses that stay right however a batch is split.
+
+Each is a sum over labelled items divided by `num_items_in_batch` where the Trainer gives it (the labelled items of all
+accumulation steps and processes), else by the items here; by 1 where there are none, so that a batch without any label
+gives 0 with zero gradients. A label of -100 is no label.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .packing import values_can_be_read
+
+IGNORED = -100
+
+
+def _mean(total: torch.Tensor, count: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+    items = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
+    return total / items.clamp(min=1)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Mean cross-entropy in nats, computed in at least fp32.
+
+    Args:
+        logits: (…, classes).
+        labels: (…), class numbers, or -100 for none.
+        num_items_in_batch: what to divide the sum by, or None.
+    """
+    labels = labels.to(logits.device)
+    logits, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    labelled = flat != IGNORED
+    if values_can_be_read(flat):
+        # Only labelled rows are copied to fp32.
+        rows = labelled.nonzero().squeeze(1)
+        logits, flat = logits.index_select(0, rows), flat.index_select(0, rows)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
+    return _mean(total, labelled.sum(), num_items_in_batch)
+
+
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, problem_type: str, num_items_in_batch=None
+) -> torch.Tensor:
+    """The loss of a classifier of whole texts.
+
+    Args:
+        logits: (B, num_labels).
+        labels: (B,) class numbers for "single_label_classification"; (B, num_labels) of 0 and 1 for
+            "multi_label_classification"; (B,) or (B, num_labels) numbers for "regression".
+        num_items_in_batch: the number of entries of `labels` that are not -100, or None.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    labels = labels.to(logits.device)
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits, labels, num_items_in_batch)
+    if labels.numel() != logits.numel():
+        raise ValueError(
+            f"{problem_type} needs a label for each of the {logits.shape[-1]} outputs of each of the "
+            f"{logits.shape[0]} texts, got labels of shape {tuple(labels.shape)}. Set num_labels to fit the labels."
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.view_as(logits).to(logits.dtype)
+    labelled = labels != IGNORED
+    of = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    each = of(logits, torch.where(labelled, labels, 0), reduction="none")
+    return _mean(torch.where(labelled, each, 0).sum(), labelled.sum(), num_items_in_batch)
+
+
+def span_loss(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    start_positions: torch.Tensor,
+    end_positions: torch.Tensor,
+    real: torch.Tensor,
+) -> torch.Tensor:
+    """Mean of the cross-entropies of the first and the last token of the answer over the real tokens of each row.
+
+    Args:
+        start_logits, end_logits: (B, N).
+        start_positions, end_positions: (B,); a place outside 0 … N - 1 or at padding is no label.
+        real: (B, N) bool, False at padding.
+    """
+    sides = []
+    for logits, place in ((start_logits, start_positions), (end_logits, end_positions)):
+        place = place.to(logits.device).reshape(-1)
+        inside = (place >= 0) & (place < logits.shape[1])
+        inside = inside & real.gather(1, torch.where(inside, place, 0).unsqueeze(1)).squeeze(1)
+        # A row without a label keeps finite logits, so that its gradient is 0 and not NaN.
+        logits = logits.masked_fill(~real & inside.unsqueeze(1), float("-inf"))
+        sides.append(cross_entropy(logits, torch.where(inside, place, IGNORED)))
+    return (sides[0] + sides[1]) / 2

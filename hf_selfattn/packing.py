@@ -1,0 +1,144 @@
+"""Where tokens stand, and in which form a batch travels through the layers.
+
+Shape letters, the same in every file: B batch, N sequence length, T packed tokens, R rows of a layout,
+K keys, H heads, G key/value heads, D hidden size, d_k, d_v, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers.utils import is_tracing
+
+
+class Tokens(NamedTuple):
+    """Where each token stands; each field is (R, N). Who may see whom and how far apart is read here, never from indices.
+
+    Attributes:
+        document: the number of its document, unique in the batch; -1 for padding.
+        position: its place in that document, from 0 (or as `position_ids` said); 0 at padding.
+        length: the number of tokens of that document; 0 at padding.
+        is_global: whether it sees and is seen by all of its document, or None where no pattern asks.
+        coordinate: its place for distances where that is not `position` (several axes), or None.
+    """
+
+    document: torch.Tensor
+    position: torch.Tensor
+    length: torch.Tensor
+    is_global: torch.Tensor | None = None
+    coordinate: torch.Tensor | None = None
+
+    def at(self, index) -> "Tokens":
+        """The same fields, each indexed by `index`."""
+        return Tokens(*(None if field is None else field[index] for field in self))
+
+
+class Packing(NamedTuple):
+    """The form in which a batch travels through the layers: here the grid (R = B, padding kept and seen by nobody).
+
+    Attributes:
+        tokens: where each token of the layout stands.
+        all_real: True where it is known without reading values that the batch has no padding.
+        one_document: True where it is known without reading values that each row holds one document.
+    """
+
+    tokens: Tokens
+    all_real: bool
+    one_document: bool
+
+    @property
+    def real(self) -> torch.Tensor:
+        """(R, N) bool: False at padding."""
+        return self.tokens.document >= 0
+
+    def pack(self, batch: torch.Tensor | None, fill: int | None = None) -> torch.Tensor | None:
+        """(B, N, …) to the layout (R, N, …); with `fill`, padding takes that value (labels: -100)."""
+        if batch is None or fill is None or self.all_real:
+            return batch
+        return batch.masked_fill(~_like(self.real, batch), fill)
+
+    def unpack(self, layout: torch.Tensor) -> torch.Tensor:
+        """The layout (R, N, …) back to (B, N, …), 0 at padding."""
+        return layout if self.all_real else layout.masked_fill(~_like(self.real, layout), 0)
+
+
+def read_batch(
+    batch_size: int,
+    length: int,
+    device: torch.device,
+    padding_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+) -> Packing:
+    """Finds the documents of a batch of shape (B, N) and where each token stands.
+
+    Documents come from `cu_seq_lens` (boundaries in the batch read row by row; what follows the last is padding);
+    else, with neither it nor `padding_mask`, a document begins where `position_ids` is 0 and nowhere else; else each
+    row is one document. A hole in the mask closes up: the token after it follows the token before it.
+
+    Args:
+        padding_mask: (B, N) bool, True for a real token; None: all are real.
+        position_ids: (B, N) or (1, N) integers; used as `Tokens.position` where given.
+        cu_seq_lens: (documents + 1,) integers, increasing from 0.
+
+    Raises:
+        ValueError: for `position_ids` of another shape.
+    """
+    shape = (batch_size, length)
+    if position_ids is not None:
+        position_ids = _read_position_ids(position_ids, shape, device)
+    real = torch.ones(shape, dtype=torch.bool, device=device) if padding_mask is None else padding_mask
+    starts = torch.zeros(shape, dtype=torch.bool, device=device)
+    if cu_seq_lens is not None:
+        place = torch.arange(batch_size * length, device=device)
+        number = torch.searchsorted(cu_seq_lens.to(device=device, dtype=place.dtype), place, right=True).view(shape)
+        real = real & (number < cu_seq_lens.shape[0])
+        starts[:, 1:] = number[:, 1:] != number[:, :-1]
+    elif padding_mask is None and position_ids is not None:
+        starts = position_ids == 0
+    tokens = _stand(real, starts, position_ids)
+    one_document = cu_seq_lens is None and (padding_mask is not None or position_ids is None)
+    return Packing(tokens, all_real=padding_mask is None and cu_seq_lens is None, one_document=one_document)
+
+
+def _stand(real: torch.Tensor, starts: torch.Tensor, position_ids: torch.Tensor | None) -> Tokens:
+    """Numbers documents over the whole batch and counts the real tokens of each; all arguments are (B, N)."""
+    first_of_row = torch.zeros_like(starts)
+    first_of_row[:, :1] = True
+    starts = starts | first_of_row
+    number = starts.flatten().cumsum(0) - 1
+    counts = torch.zeros_like(number).scatter_add_(0, number, real.flatten().long())
+    length = counts[number].view(real.shape)
+    if position_ids is None:
+        seen = real.long().cumsum(1)
+        before = torch.where(starts, seen - real.long(), 0).cummax(1).values
+        position_ids = seen - before - 1
+    number = number.view(real.shape)
+    return Tokens(
+        document=torch.where(real, number, -1),
+        position=torch.where(real, position_ids, 0),
+        length=torch.where(real, length, 0),
+    )
+
+
+def _read_position_ids(position_ids: torch.Tensor, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    if position_ids.is_floating_point() or position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]):
+        _refuse_position_ids(position_ids, shape)
+    if position_ids.shape[1] != shape[1]:
+        _refuse_position_ids(position_ids, shape)
+    return position_ids.to(device=device, dtype=torch.long).expand(shape)
+
+
+def _refuse_position_ids(position_ids: torch.Tensor, shape: tuple[int, int]):
+    raise ValueError(
+        f"position_ids must be integers of shape {shape} or (1, {shape[1]}), got {position_ids.dtype} of shape "
+        f"{tuple(position_ids.shape)}. Leave them out for positions that count from 0 in each row."
+    )
+
+
+def values_can_be_read(tensor: torch.Tensor) -> bool:
+    """False while a graph is traced (compile, export, fake or meta tensors), when no branch may depend on values."""
+    return not (is_tracing(tensor) or tensor.is_meta)
+
+
+def _like(real: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return real.view(real.shape + (1,) * (other.dim() - 2))
