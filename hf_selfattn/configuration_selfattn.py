@@ -260,7 +260,8 @@ class SelfAttnConfig(PreTrainedConfig):
     def validate_pooling(self):
         if self.causal and self.pooling == "first":
             raise ValueError(
-                "pooling 'first' with causal=True reads a token that sees nothing but itself. Use pooling='mean' or 'max'."
+                "pooling 'first' with causal=True reads a token that sees nothing but itself. "
+                "Use pooling='mean' or 'max'."
             )
 
     def _refuse_misspelt(self, options: dict) -> None:

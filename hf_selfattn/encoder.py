@@ -170,8 +170,9 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         readable = token_type_ids.device.type == "cpu" and values_can_be_read(token_type_ids)
         if tuple(token_type_ids.shape) != tuple(shape) or (readable and int(token_type_ids.max()) >= max(types, 1)):
             raise ValueError(
-                f"token_type_ids must be of shape {tuple(shape)} and below type_vocab_size={types} (all 0 where that is "
-                f"0), got shape {tuple(token_type_ids.shape)}. Leave them out, or make the model with type_vocab_size=2."
+                f"token_type_ids must be of shape {tuple(shape)} and below type_vocab_size={types} (all 0 where that "
+                f"is 0), got shape {tuple(token_type_ids.shape)}. Leave them out, or make the model with "
+                "type_vocab_size=2."
             )
         return token_type_ids
 
@@ -184,5 +185,6 @@ def _refuse_unknown(kwargs: dict) -> None:
     if unknown:
         raise TypeError(
             f"forward() got unexpected arguments {sorted(unknown)}. It knows input_ids, attention_mask, position_ids, "
-            f"token_type_ids, inputs_embeds, labels where the model has a head, and {', '.join(sorted(_KNOWN_KWARGS))}."
+            "token_type_ids, inputs_embeds, labels where the model has a head, and "
+            f"{', '.join(sorted(_KNOWN_KWARGS))}."
         )

@@ -300,5 +300,5 @@ def _problem_type(num_labels: int, labels: torch.Tensor) -> str:
 
 
 def _as_dict(kwargs: dict) -> dict:
-    """The arguments for the encoder, which must answer with a dict whatever the caller or the config asks of the head."""
+    """The arguments for the encoder, which answers with a dict whatever is asked of the head."""
     return {**kwargs, "return_dict": True}

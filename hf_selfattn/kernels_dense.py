@@ -27,7 +27,7 @@ def attend_sdpa(
     dropout: float = 0.0,
     need_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `kernels_eager.attend`, by `scaled_dot_product_attention`; with `need_weights` it is `kernels_eager.attend`."""
+    """As `kernels_eager.attend`, by torch's fused attention; with `need_weights` it is `kernels_eager.attend`."""
     if need_weights:
         return attend_eager(query, key, value, mask, scoring, dropout, need_weights)
     (scale,) = scoring.parameters

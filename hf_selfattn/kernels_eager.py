@@ -32,8 +32,7 @@ def attend(
     """
     groups = query.shape[2] // key.shape[2]
     query = query.transpose(1, 2)
-    key = key.transpose(1, 2).repeat_interleave(groups, dim=1)
-    value = value.transpose(1, 2).repeat_interleave(groups, dim=1)
+    key, value = (x.transpose(1, 2).unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
 
     scores = SCORES[scoring.name].tile(query, key, *scoring.parameters)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -26,13 +26,8 @@ def read_mask(
     if attention_mask is None:
         return None, None
     shape = tuple(attention_mask.shape)
-    pairs = (length, length)
-    if shape not in {
-        (batch_size, length),
-        (batch_size, *pairs),
-        (batch_size, 1, *pairs),
-        (batch_size, num_heads, *pairs),
-    }:
+    padding, pairs = (batch_size, length), (length, length)
+    if shape not in [padding, (batch_size, *pairs), (batch_size, 1, *pairs), (batch_size, num_heads, *pairs)]:
         raise ValueError(
             f"attention_mask of shape {shape} does not fit a batch of B={batch_size}, N={length} and "
             f"H={num_heads} heads. {ACCEPTED}"

@@ -11,7 +11,7 @@ from transformers.utils import is_tracing
 
 
 class Tokens(NamedTuple):
-    """Where each token stands; each field is (R, N). Who may see whom and how far apart is read here, never from indices.
+    """Where each token stands, each field (R, N). Who sees whom and how far apart is read here, never from indices.
 
     Attributes:
         document: the number of its document, unique in the batch; -1 for padding.
