@@ -103,7 +103,15 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         (batch_size, length), device = inputs_embeds.shape[:2], inputs_embeds.device
         padding_mask, user_mask = read_mask(attention_mask, batch_size, length, self.config.num_attention_heads)
-        packing = read_batch(batch_size, length, device, padding_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        packing = read_batch(
+            batch_size,
+            length,
+            device,
+            padding_mask,
+            position_ids,
+            kwargs.get("cu_seq_lens_q"),
+            restarts=attention_mask is None,
+        )
 
         token_types = packing.pack(self._check_token_types(token_type_ids, (batch_size, length)))
         hidden_states = self.embeddings(packing.pack(inputs_embeds), packing.tokens, token_types)
@@ -112,7 +120,7 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             self.config._attn_implementation,
             device_type=device.type,
             dtype=hidden_states.dtype,
-            training=hidden_states.requires_grad,
+            training=self.training,
         )
         outputs = self.encode(hidden_states, self.views(packing, user_mask, hidden_states.dtype), **kwargs)
 

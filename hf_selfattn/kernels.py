@@ -57,7 +57,7 @@ def unsupported_reasons(
         kernel: a row of KERNELS.
         device_type: "cpu", "cuda", …
         dtype: the type of query, key and value.
-        training: whether gradients are needed.
+        training: whether the model is in training mode.
 
     Raises:
         ValueError: for a name that is not in KERNELS.

@@ -62,6 +62,10 @@ def attend(
     if need_weights:
         dense = allowed(mask.pattern, mask.query, mask.key, mask.heads, mask.user_mask)
         return attend_eager(query, key, value, dense, scoring, dropout, need_weights)
+    if dropout > 0:
+        raise ValueError(f"flex_attention has no dropout of weights, got {dropout}. {_WAY_OUT}.")
+    if query.requires_grad and query.device.type == "cpu":
+        raise ValueError(f"flex_attention has no backward on a CPU. {_WAY_OUT}, or torch.no_grad() for values alone.")
     (scale,) = scoring.parameters
     heads = _flex_attention(query.device.type)(
         query.transpose(1, 2),
@@ -72,6 +76,9 @@ def attend(
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return heads.transpose(1, 2), None
+
+
+_WAY_OUT = "Use attn_implementation='sdpa' or 'eager'"
 
 
 @lru_cache
@@ -88,5 +95,5 @@ def reasons(config, device_type: str | None, dtype: torch.dtype | None, training
     if training and config.attention_dropout > 0:
         found.append(f"it has no dropout of weights, and attention_dropout is {config.attention_dropout}")
     if training and device_type == "cpu":
-        found.append("it has no backward on a CPU (for values alone, call the model under torch.no_grad())")
+        found.append("it has no backward on a CPU (for values alone: model.eval() and torch.no_grad())")
     return found

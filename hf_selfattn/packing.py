@@ -68,20 +68,22 @@ def read_batch(
     padding_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
+    restarts: bool = True,
 ) -> Packing:
     """Finds the documents of a batch of shape (B, N) and where each token stands.
 
     Documents come from `cu_seq_lens` (boundaries in the batch read row by row; what follows the last is padding);
-    else, with neither it nor `padding_mask`, a document begins where `position_ids` is 0 and nowhere else; else each
-    row is one document. A hole in the mask closes up: the token after it follows the token before it.
+    else, with `restarts`, a document begins where `position_ids` is 0 and nowhere else; else each row is one document.
+    A hole in the mask closes up: the token after it follows the token before it.
 
     Args:
         padding_mask: (B, N) bool, True for a real token; None: all are real.
         position_ids: (B, N) or (1, N) integers; used as `Tokens.position` where given.
         cu_seq_lens: (documents + 1,) integers, increasing from 0.
+        restarts: whether `position_ids` tell documents apart (they do where the user gave no mask).
 
     Raises:
-        ValueError: for `position_ids` of another shape.
+        ValueError: for `position_ids` or `cu_seq_lens` that cannot be read.
     """
     shape = (batch_size, length)
     if position_ids is not None:
@@ -89,14 +91,15 @@ def read_batch(
     real = torch.ones(shape, dtype=torch.bool, device=device) if padding_mask is None else padding_mask
     starts = torch.zeros(shape, dtype=torch.bool, device=device)
     if cu_seq_lens is not None:
+        _check_boundaries(cu_seq_lens, batch_size * length)
         place = torch.arange(batch_size * length, device=device)
         number = torch.searchsorted(cu_seq_lens.to(device=device, dtype=place.dtype), place, right=True).view(shape)
         real = real & (number < cu_seq_lens.shape[0])
         starts[:, 1:] = number[:, 1:] != number[:, :-1]
-    elif padding_mask is None and position_ids is not None:
+    elif restarts and position_ids is not None:
         starts = position_ids == 0
     tokens = _stand(real, starts, position_ids)
-    one_document = cu_seq_lens is None and (padding_mask is not None or position_ids is None)
+    one_document = cu_seq_lens is None and not (restarts and position_ids is not None)
     return Packing(tokens, all_real=padding_mask is None and cu_seq_lens is None, one_document=one_document)
 
 
@@ -126,6 +129,19 @@ def _read_position_ids(position_ids: torch.Tensor, shape: tuple[int, int], devic
     if position_ids.shape[1] != shape[1]:
         _refuse_position_ids(position_ids, shape)
     return position_ids.to(device=device, dtype=torch.long).expand(shape)
+
+
+def _check_boundaries(cu_seq_lens: torch.Tensor, total: int) -> None:
+    wrong = cu_seq_lens.dim() != 1 or cu_seq_lens.is_floating_point()
+    if not wrong and cu_seq_lens.device.type == "cpu" and values_can_be_read(cu_seq_lens):
+        steps = cu_seq_lens.diff()
+        wrong = not len(steps) or int(cu_seq_lens[0]) != 0 or bool((steps < 0).any()) or int(cu_seq_lens[-1]) > total
+    if wrong:
+        raise ValueError(
+            f"cu_seq_lens_q must be boundaries of documents, integers that grow from 0 to at most {total} (B * N), got "
+            f"{cu_seq_lens.tolist() if cu_seq_lens.numel() < 20 else tuple(cu_seq_lens.shape)}. For documents of 3 and "
+            "2 tokens it is [0, 3, 5]."
+        )
 
 
 def _refuse_position_ids(position_ids: torch.Tensor, shape: tuple[int, int]):
