@@ -138,9 +138,8 @@ def _check_boundaries(cu_seq_lens: torch.Tensor, total: int) -> None:
         wrong = not len(steps) or int(cu_seq_lens[0]) != 0 or bool((steps < 0).any()) or int(cu_seq_lens[-1]) > total
     if wrong:
         raise ValueError(
-            f"cu_seq_lens_q must be boundaries of documents, integers that grow from 0 to at most {total} (B * N), got "
-            f"{cu_seq_lens.tolist() if cu_seq_lens.numel() < 20 else tuple(cu_seq_lens.shape)}. For documents of 3 and "
-            "2 tokens it is [0, 3, 5]."
+            f"cu_seq_lens_q must be boundaries of documents, integers that grow from 0 to at most {total} (B * N), "
+            f"got {cu_seq_lens}. For documents of 3 and 2 tokens it is [0, 3, 5]."
         )
 
 
