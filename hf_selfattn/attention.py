@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .kernels import attention_kernel
+from .norms import make_norm
 from .positions import POSITIONS
 from .scores import SCORES
 
@@ -52,6 +53,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * self.value_head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.value_head_dim, config.hidden_size, bias=bias)
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.position = POSITIONS[config.position_encoding].from_config(config, layer_idx).layer(config)
         self.score_function = SCORES[config.score_function](config)
 
@@ -60,8 +63,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(R, N, D) to (R, N, D), and weights (R, H, N, N) if they are needed."""
         view = views[self.view_index]
-        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (R, N, H, d_k)
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # (R, N, G, d_k)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))  # (R, N, H, d_k)
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))  # (R, N, G, d_k)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.value_head_dim))  # (R, N, G, d_v)
 
         query, key, bias = self.position(query, key, view.position)

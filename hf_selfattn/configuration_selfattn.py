@@ -49,11 +49,30 @@ class SelfAttnConfig(PreTrainedConfig):
         score_function: a row of SCORES.
         attention_pattern: a row of PATTERNS, one for all layers or a list with one per layer.
         causal: whether a token sees only itself and what is before it.
-        window_radius: tokens seen on one side by 'sliding_window'; one number, or a list with one per layer (None for
-            layers of another pattern).
         position_encoding: a row of POSITIONS.
-        rope_parameters: {"rope_theta": base of the rotary frequencies}; None: 10,000.
         attention_bias: whether the four projections have biases.
+        qk_norm: whether query and key are normed in each head, before positions.
+        logit_softcap: scores become logit_softcap * tanh(score / logit_softcap); None: they stay.
+        attention_sink: whether each head has a learned score that takes part in the softmax and carries no value.
+        memory_length: tokens of earlier segments that are remembered and attended to; 0: none.
+
+    Numbers of single choices (None: the default named here; set without that choice they are refused). Those of
+    patterns are one number for all layers, or a list with one per layer:
+        temperature: 'cosine' divides by it (0.1).
+        learned_temperature: 'cosine' learns it, per head (True).
+        window_radius: 'sliding_window', 'longformer': tokens seen on one side (must be set).
+        dilation: 'sliding_window': the step from one token seen to the next (1).
+        num_global_tokens: 'longformer': global tokens at the beginning of each document (1).
+        global_projections: 'longformer': whether global queries have projections of their own (False).
+        block_size: 'bigbird': tokens in a block (64).
+        block_radius: 'bigbird': blocks seen on one side (1).
+        num_global_blocks: 'bigbird': global blocks, in turn from the beginning and the end (2).
+        num_random_blocks: 'bigbird': random blocks of each query block and head (3).
+        random_blocks_seed: 'bigbird': seed of the random blocks (0).
+        rope_parameters: 'rotary': as in transformers, {"rope_type": "default", "rope_theta": 10000.0} and more, or a
+            dict of them with one for each pattern.
+        relative_num_buckets: 't5': the number of buckets (32).
+        relative_max_distance: 't5': tokens from which all distances share a bucket (128).
 
     Block:
         norm_position: "pre" (before attention and feed-forward, and once after the last layer) or "post" (after each
@@ -106,10 +125,27 @@ class SelfAttnConfig(PreTrainedConfig):
     score_function: str = "scaled_dot_product"
     attention_pattern: str | list[str] = "full"
     causal: bool = False
-    window_radius: int | list[int | None] | None = None
     position_encoding: str = "rotary"
-    rope_parameters: dict | None = None
     attention_bias: bool = False
+    qk_norm: bool = False
+    logit_softcap: float | int | None = None
+    attention_sink: bool = False
+    memory_length: int = 0
+
+    temperature: float | int | None = None
+    learned_temperature: bool | None = None
+    window_radius: int | list[int | None] | None = None
+    dilation: int | list[int | None] | None = None
+    num_global_tokens: int | list[int | None] | None = None
+    global_projections: bool | None = None
+    block_size: int | list[int | None] | None = None
+    block_radius: int | list[int | None] | None = None
+    num_global_blocks: int | list[int | None] | None = None
+    num_random_blocks: int | list[int | None] | None = None
+    random_blocks_seed: int | None = None
+    rope_parameters: dict | None = None
+    relative_num_buckets: int | None = None
+    relative_max_distance: int | None = None
 
     norm_position: Literal["pre", "post"] = "pre"
     norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
@@ -142,9 +178,16 @@ class SelfAttnConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs):
-        """As in transformers, but where the user said nothing, `rope_parameters` stays None."""
-        said = {"rope_theta", "rope_scaling", "partial_rotary_factor"} & set(kwargs)
-        return super().convert_rope_params_to_dict(**kwargs) if said or self.rope_parameters else kwargs
+        """transformers would fill `rope_parameters` up with defaults; ours stay what the user wrote."""
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if kwargs.get(name) is not None:
+                self.rope_parameters = {name: kwargs.pop(name), **(self.rope_parameters or {})}
+        if kwargs.get("rope_scaling") is not None:
+            self.rope_parameters = {**(self.rope_parameters or {}), **kwargs.pop("rope_scaling")}
+        return kwargs
+
+    def validate_rope(self):
+        """transformers checks only what it knows of; `validate_positions` checks ours."""
 
     @property
     def query_key_dim(self) -> int:
@@ -215,6 +258,9 @@ class SelfAttnConfig(PreTrainedConfig):
         for name in ("norm_eps", "initializer_range"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("logit_softcap", "temperature"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. None leaves it out.")
 
     def validate_choices(self):
         patterns = self.attention_pattern if isinstance(self.attention_pattern, list) else [self.attention_pattern]
@@ -224,38 +270,59 @@ class SelfAttnConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}.")
 
+    def validate_options(self):
+        """Options that only some choices use are refused where none of those is chosen."""
+        chosen = {
+            "score_function": (SCORES, {self.score_function}),
+            "attention_pattern": (PATTERNS, self._chosen_patterns()),
+            "position_encoding": (POSITIONS, {self.position_encoding}),
+        }
+        for choice, (table, names) in chosen.items():
+            used = {option for name in names & set(table) for option in table[name].options}
+            for option in {option for cls in table.values() for option in cls.options} - used:
+                if getattr(self, option) is not None:
+                    able = [repr(name) for name, cls in table.items() if option in cls.options]
+                    raise ValueError(
+                        f"{option}={getattr(self, option)} has no effect with {choice}={getattr(self, choice)!r}: "
+                        f"only {' and '.join(able)} use it. Set one of these, or {option}=None."
+                    )
+
     def validate_patterns(self):
-        used = {self.attention_pattern} if isinstance(self.attention_pattern, str) else set(self.attention_pattern)
-        if not used <= set(PATTERNS):
+        if not self._chosen_patterns() <= set(PATTERNS):
             return  # validate_choices says so
-        options = {option for cls in PATTERNS.values() for option in cls.options}
-        for name in ("attention_pattern", *options):
+        for name in ("attention_pattern", *{option for cls in PATTERNS.values() for option in cls.options}):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} as a list has one entry per layer, got {len(value)} entries for "
                     f"num_hidden_layers={self.num_hidden_layers}. Give one for each, or a single value for all."
                 )
-        for name in options - {option for pattern in used for option in PATTERNS[pattern].options}:
-            if getattr(self, name) is not None:
-                needing = [repr(pattern) for pattern, cls in PATTERNS.items() if name in cls.options]
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect: no layer has an attention_pattern that uses it "
-                    f"({', '.join(needing)}), got {self.attention_pattern!r}. Set that pattern, or {name}=None."
-                )
         layer_patterns(self)
 
     def validate_positions(self):
         if self.position_encoding not in POSITIONS:
             return  # validate_choices says so
-        if self.rope_parameters and self.position_encoding != "rotary":
-            raise ValueError(
-                f"rope_parameters={self.rope_parameters} has no effect with position_encoding "
-                f"{self.position_encoding!r}. Set position_encoding='rotary', or rope_parameters=None."
-            )
         problem = POSITIONS[self.position_encoding].check(self)
         if problem is not None:
             raise ValueError(problem)
+
+    def validate_memory(self):
+        if self.memory_length < 0:
+            raise ValueError(f"memory_length must be 0 (no memory) or more, got {self.memory_length}.")
+        if self.memory_length and not self.causal:
+            raise ValueError(
+                f"memory_length={self.memory_length} needs causal=True: a token that has been read may not change when "
+                "the next segment comes. Set causal=True, or memory_length=0."
+            )
+        if self.memory_length and not POSITIONS[self.position_encoding].relative:
+            able = [repr(name) for name, cls in POSITIONS.items() if cls.relative]
+            raise ValueError(
+                f"memory_length={self.memory_length} needs a position_encoding by distance, got "
+                f"{self.position_encoding!r}. Use {' or '.join(able)}, or memory_length=0."
+            )
+
+    def _chosen_patterns(self) -> set[str]:
+        return {self.attention_pattern} if isinstance(self.attention_pattern, str) else set(self.attention_pattern)
 
     def validate_pooling(self):
         if self.causal and self.pooling == "first":

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .layers import make_norm
+from .norms import make_norm
 from .packing import Tokens
 from .positions import POSITIONS
 
@@ -29,5 +29,5 @@ class Embeddings(nn.Module):
             types = torch.zeros_like(tokens.position) if token_type_ids is None else token_type_ids
             embeds = embeds + self.token_types(types)
         if self.positions is not None:
-            embeds = embeds + self.positions(tokens)
+            embeds = embeds + self.positions(tokens, embeds.dtype)
         return self.projection(self.dropout(self.norm(embeds)))

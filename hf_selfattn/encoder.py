@@ -12,8 +12,9 @@ from .attention import SelfAttention, View
 from .configuration_selfattn import SelfAttnConfig
 from .embeddings import Embeddings
 from .kernels import attention_kernel, check_kernel, default_kernel
-from .layers import EncoderLayer, make_norm
+from .layers import EncoderLayer
 from .masks import read_mask
+from .norms import make_norm
 from .packing import Packing, read_batch, values_can_be_read
 from .patterns import layer_patterns
 from .positions import layer_positions
@@ -35,6 +36,13 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *inputs, **kwargs):
         config.validate()
         super().__init__(config, *inputs, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in transformers; modules with parameters of their own give them their first values themselves."""
+        super()._init_weights(module)
+        if hasattr(module, "init_parameters"):
+            module.init_parameters(self.config.initializer_range)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
         """transformers' gate for the kernel's name, at `__init__`, `from_pretrained` and `set_attn_implementation`."""

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .encoder import SelfAttnModel, SelfAttnPreTrainedModel
-from .layers import make_norm
+from .norms import make_norm
 from .losses import IGNORED, classification_loss, cross_entropy, span_loss
 from .packing import Packing, values_can_be_read
 

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from .biases import dense_bias
 from .kernels_eager import attend as attend_eager
 from .masks import allowed
 from .packing import Packing, Tokens
@@ -31,6 +32,10 @@ def attend_sdpa(
     if need_weights:
         return attend_eager(query, key, value, mask, scoring, dropout, need_weights)
     (scale,) = scoring.parameters
+    if scoring.bias is not None:
+        bias = dense_bias(scoring.bias)
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        mask = mask.to(query.dtype)
     heads = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -49,7 +54,17 @@ def eager_reasons(config, device_type: str | None, dtype: torch.dtype | None, tr
 
 
 def sdpa_reasons(config, device_type: str | None, dtype: torch.dtype | None, training: bool | None) -> list[str]:
-    """Fused kernels compute dot products only."""
-    if SCORES[config.score_function].is_dot_product:
-        return []
-    return [f"score_function {config.score_function!r} is not a dot product"]
+    """torch's fused attention computes dot products with a bias, and nothing else."""
+    return dot_product_reasons(config)
+
+
+def dot_product_reasons(config) -> list[str]:
+    """What a fused kernel for plain dot products cannot compute."""
+    found = []
+    if not SCORES[config.score_function].is_dot_product:
+        found.append(f"score_function {config.score_function!r} is not a dot product")
+    if config.logit_softcap is not None:
+        found.append(f"it has no soft cap, and logit_softcap is {config.logit_softcap}")
+    if config.attention_sink:
+        found.append("it has no attention sinks, and attention_sink is True")
+    return found

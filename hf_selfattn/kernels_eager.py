@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from .biases import dense_bias
 from .scores import SCORES, Scoring
 
 
@@ -39,7 +40,7 @@ def attend(
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     if scoring.bias is not None:
-        scores = scores + scoring.bias
+        scores = scores + dense_bias(scoring.bias)
     weights = masked_softmax(scores, mask, scoring.sink).to(value.dtype)
 
     heads = F.dropout(weights, dropout) @ value

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels_dense import sdpa_reasons
+from .kernels_dense import dot_product_reasons
 from .kernels_eager import attend as attend_eager
 from .masks import allowed, visible
 from .packing import Packing, Tokens
+from .positions import POSITIONS
 from .scores import Scoring
 
 
@@ -91,7 +92,9 @@ def _flex_attention(device_type: str):
 
 def reasons(config, device_type: str | None, dtype: torch.dtype | None, training: bool | None) -> list[str]:
     """What flex attention cannot compute."""
-    found = sdpa_reasons(config, device_type, dtype, training)
+    found = dot_product_reasons(config)
+    if POSITIONS[config.position_encoding].is_bias:
+        found.append(f"it has no biases by distance, and position_encoding is {config.position_encoding!r}")
     if training and config.attention_dropout > 0:
         found.append(f"it has no dropout of weights, and attention_dropout is {config.attention_dropout}")
     if training and device_type == "cpu":

@@ -22,7 +22,7 @@ class Pattern:
     causal: bool = False
 
     options = ()
-    """Config fields that this pattern needs beside `causal`: a number for all layers, or a list with one per layer."""
+    """Config fields that this pattern uses beside `causal`: a number for all layers, or a list with one per layer."""
 
     per_head = False
     """Whether `sees` depends on the head."""
@@ -37,10 +37,27 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def may_see(self, head: torch.Tensor, query: tuple[Tokens, Tokens], key: tuple[Tokens, Tokens]) -> torch.Tensor:
+        """False only where no token of a block of queries sees any token of a block of keys.
+
+        Kernels that skip blocks ask this, so a pattern without it is computed in full. Each block is given by the
+        smallest and the greatest of its real tokens' fields; the block lies in one document, or the answer is not used.
+
+        Args:
+            head, query, key: as for `sees`.
+        """
+        return torch.ones((), dtype=torch.bool, device=query[0].position.device)
+
     @classmethod
     def from_config(cls, config, layer: int) -> "Pattern":
-        """The pattern of one layer, its numbers read from the config fields named in `options`."""
-        return cls(causal=config.causal, **{name: _of_layer(getattr(config, name), layer) for name in cls.options})
+        """The pattern of one layer, its numbers read from the config fields named in `options`; None: the default."""
+        return cls(causal=config.causal, **cls.numbers(config, layer))
+
+    @classmethod
+    def numbers(cls, config, layer: int) -> dict[str, int]:
+        """The options of one layer that the config sets."""
+        values = {name: of_layer(getattr(config, name), layer) for name in cls.options}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,34 +77,182 @@ class SlidingWindow(Pattern):
 
     Args:
         window_radius: tokens on one side, >= 1. Longformer's `attention_window` is 2 * window_radius.
+        dilation: the step from one of them to the next, >= 1.
 
     Raises:
-        ValueError: if `window_radius` is not an integer >= 1.
+        ValueError: if one of them is not an integer >= 1.
 
     Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
 
-        window_radius=1, N=5     1 1 . . .
-                                 1 1 1 . .
-                                 . 1 1 1 .
-                                 . . 1 1 1
-                                 . . . 1 1
+        window_radius=1, N=5     1 1 . . .        dilation=2     1 . 1 . .
+                                 1 1 1 . .                       . 1 . 1 .
+                                 . 1 1 1 .                       1 . 1 . 1
+                                 . . 1 1 1                       . 1 . 1 .
+                                 . . . 1 1                       . . 1 . 1
     """
 
-    window_radius: int
-    options = ("window_radius",)
+    window_radius: int | None = None
+    dilation: int = 1
+    options = ("window_radius", "dilation")
 
     def __post_init__(self):
-        if not isinstance(self.window_radius, int) or self.window_radius < 1:
-            raise ValueError(
-                f"attention_pattern 'sliding_window' needs window_radius, the number of tokens seen on one side, as "
-                f"an integer >= 1, got {self.window_radius!r}. Set window_radius=64, say, or attention_pattern='full'."
-            )
+        check_number(
+            "sliding_window", "window_radius", self.window_radius, 1, "the number of tokens seen on one side, say 64"
+        )
+        check_number("sliding_window", "dilation", self.dilation, 1, "the step between tokens seen")
 
     def sees(self, head, query, key):
-        return (query.position - key.position).abs() <= self.window_radius
+        distance = (query.position - key.position).abs()
+        near = distance <= self.window_radius * self.dilation
+        return near if self.dilation == 1 else near & (distance % self.dilation == 0)
+
+    def may_see(self, head, query, key):
+        return within(query, key, self.window_radius * self.dilation)
 
 
-PATTERNS: dict[str, type[Pattern]] = {"full": Full, "sliding_window": SlidingWindow}
+@dataclass(frozen=True, kw_only=True)
+class Longformer(Pattern):
+    """A sliding window, and global tokens that see and are seen by every token of their document.
+
+    Global are the first `num_global_tokens` tokens of each document and those that `global_attention_mask` names.
+
+    Args:
+        window_radius: tokens seen on one side, >= 1. Longformer's `attention_window` is 2 * window_radius.
+        num_global_tokens: global tokens at the beginning of each document, >= 0.
+        queries: "all", or with projections of their own for global queries, "local" or "global" queries alone.
+
+    Raises:
+        ValueError: for a number out of its range.
+
+    Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
+
+        window_radius=1, num_global_tokens=1, N=5     1 1 1 1 1
+                                                      1 1 1 . .
+                                                      1 1 1 1 .
+                                                      1 . 1 1 1
+                                                      1 . . 1 1
+    """
+
+    window_radius: int | None = None
+    num_global_tokens: int = 1
+    queries: str = "all"
+    options = ("window_radius", "num_global_tokens")
+
+    def __post_init__(self):
+        check_number("longformer", "window_radius", self.window_radius, 1, "tokens seen on one side, say 64")
+        check_number("longformer", "num_global_tokens", self.num_global_tokens, 0, "global tokens at the beginning")
+
+    def _is_global(self, tokens: Tokens) -> torch.Tensor:
+        first = tokens.position < self.num_global_tokens
+        return first if tokens.is_global is None else first | tokens.is_global
+
+    def sees(self, head, query, key):
+        near = (query.position - key.position).abs() <= self.window_radius
+        if self.queries == "global":
+            return self._is_global(query) & (key.document >= 0)
+        seen = near | self._is_global(key)
+        return seen & ~self._is_global(query) if self.queries == "local" else seen | self._is_global(query)
+
+    def may_see(self, head, query, key):
+        # The smallest position and the greatest is_global of a block: whether any of its tokens may be global.
+        some_query, some_key = (
+            (low.position < self.num_global_tokens) | (False if high.is_global is None else high.is_global)
+            for low, high in (query, key)
+        )
+        if self.queries == "global":
+            return some_query
+        near = within(query, key, self.window_radius) | some_key
+        return near if self.queries == "local" else near | some_query
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigBird(Pattern):
+    """Blocks of tokens: a window of blocks, global blocks that see and are seen by all, and random blocks.
+
+    A random block is a hash of (seed, layer, its number, head, query block) modulo the number of blocks of the document:
+    no table and no state, the same packed and alone, in training and evaluation. Two may fall on the same block.
+
+    Args:
+        block_size: tokens in a block, >= 1.
+        block_radius: blocks seen on one side, >= 0. BigBird's window of 3 blocks is block_radius=1.
+        num_global_blocks: global blocks, >= 0, taken in turn from the beginning and the end of the document.
+        num_random_blocks: random blocks that each query block sees in each head, >= 0.
+        seed: of the random blocks.
+        layer: the number of the layer.
+
+    Raises:
+        ValueError: for a number out of its range.
+
+    Source: Zaheer et al. 2020, arXiv:2007.14062, section 2 and appendix D.
+
+        blocks, block_radius=1, num_global_blocks=1, num_random_blocks=1 (r)     1 1 1 1 1 1
+                                                                                 1 1 1 . r .
+                                                                                 1 1 1 1 . .
+                                                                                 1 r 1 1 1 .
+                                                                                 1 . r 1 1 1
+                                                                                 1 . r . 1 1
+    """
+
+    block_size: int = 64
+    block_radius: int = 1
+    num_global_blocks: int = 2
+    num_random_blocks: int = 3
+    seed: int = 0
+    layer: int = 0
+    options = ("block_size", "block_radius", "num_global_blocks", "num_random_blocks", "random_blocks_seed")
+    per_head = True
+
+    def __post_init__(self):
+        for name, least in (
+            ("block_size", 1),
+            ("block_radius", 0),
+            ("num_global_blocks", 0),
+            ("num_random_blocks", 0),
+        ):
+            check_number("bigbird", name, getattr(self, name), least, "a number of blocks or of tokens in one")
+
+    @classmethod
+    def from_config(cls, config, layer):
+        names = {"random_blocks_seed": "seed"}
+        numbers = {names.get(name, name): value for name, value in cls.numbers(config, layer).items()}
+        return cls(causal=config.causal, layer=layer, **numbers)
+
+    def sees(self, head, query, key):
+        return self._blocks_see(head, query.position, query.length, key.position, key.length)
+
+    def _blocks_see(self, head, query_position, query_length, key_position, key_length):
+        own, other = query_position // self.block_size, key_position // self.block_size
+        count = (query_length + self.block_size - 1) // self.block_size
+        seen = (own - other).abs() <= self.block_radius
+        first, last = -(-self.num_global_blocks // 2), self.num_global_blocks // 2
+        for block in (own, other):
+            seen = seen | (block < first) | (block >= count - last)
+        for number in range(self.num_random_blocks):
+            seen = seen | (other == self._random_block(number, head, own, count))
+        return seen
+
+    def _random_block(self, number: int, head, own, count):
+        start = mix(mix(mix(torch.as_tensor(self.seed, device=own.device)) + self.layer) + number)
+        return mix(mix(start + head) + own) % count.clamp(min=1)
+
+    def may_see(self, head, query, key):
+        # A block of at most block_size tokens of one document lies in the blocks of its first and its last token.
+        seen = torch.zeros((), dtype=torch.bool, device=query[0].position.device)
+        for own in query:
+            for other in key:
+                seen = seen | self._blocks_see(head, own.position, query[1].length, other.position, key[1].length)
+        wide = torch.zeros_like(seen)
+        for low, high in (query, key):
+            wide = wide | (high.position // self.block_size - low.position // self.block_size > 1)
+        return seen | wide
+
+
+PATTERNS: dict[str, type[Pattern]] = {
+    "full": Full,
+    "sliding_window": SlidingWindow,
+    "longformer": Longformer,
+    "bigbird": BigBird,
+}
 
 
 def register_pattern(name: str, cls: type[Pattern]) -> None:
@@ -102,9 +267,33 @@ def register_pattern(name: str, cls: type[Pattern]) -> None:
 
 def layer_patterns(config) -> list[Pattern]:
     """The pattern of each layer, from `config.attention_pattern` (one name for all layers, or a list of names)."""
-    names = [_of_layer(config.attention_pattern, layer) for layer in range(config.num_hidden_layers)]
+    names = [of_layer(config.attention_pattern, layer) for layer in range(config.num_hidden_layers)]
     return [PATTERNS[name].from_config(config, layer) for layer, name in enumerate(names)]
 
 
-def _of_layer(value, layer: int):
+def within(query: tuple[Tokens, Tokens], key: tuple[Tokens, Tokens], reach: int) -> torch.Tensor:
+    """Whether two blocks, each given by its smallest and greatest fields, come within `reach` positions."""
+    apart = torch.maximum(query[0].position - key[1].position, key[0].position - query[1].position)
+    return apart <= reach
+
+
+def check_number(pattern: str, name: str, value, least: int, meaning: str) -> None:
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"attention_pattern {pattern!r} needs {name} ({meaning}) as an integer >= {least}, got {value!r}. "
+            f"Set {name}, or attention_pattern='full'."
+        )
+
+
+def of_layer(value, layer: int):
+    """The value for one layer, from one value for all layers or a list with one per layer."""
     return value[layer] if isinstance(value, (list, tuple)) else value
+
+
+def mix(number: torch.Tensor) -> torch.Tensor:
+    """A hash of integers to 0 … 2^31 - 1, the same on every device: multiply and shift, all within 63 bits."""
+    number = number & 0x7FFFFFFF
+    for factor in (0x45D9F3B, 0x119DE1F3):
+        number = ((number ^ (number >> 16)) * factor) & 0x7FFFFFFF
+    return number ^ (number >> 16)

@@ -1,0 +1,130 @@
+"""Rotary positions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .positions_base import NoPosition
+
+SUPPORTED = ("default", "linear", "llama3", "yarn")
+"""Not 'dynamic' and 'longrope': their frequencies depend on the longest text of the batch, so a text would not get the
+same numbers alone and beside others."""
+
+
+@dataclass(frozen=True)
+class Rotary(NoPosition):
+    """Turns pairs (i, i + r / 2) of the first r features of query and key by position * frequency[i].
+
+    Args:
+        frequencies: r / 2 of them; by default theta^(-2i / r), r = d_k * partial_rotary_factor.
+        factor: what cos and sin are multiplied by (1, but for yarn).
+
+    Source: Su et al. 2021, arXiv:2104.09864, section 3.2; halves paired and scaled as in transformers.
+    """
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+    options = ("rope_parameters",)
+
+    @classmethod
+    def from_config(cls, config, layer):
+        parameters = rope_of_layer(config, layer)
+        if parameters["rope_type"] == "default":
+            width = int(config.query_key_dim * parameters.get("partial_rotary_factor", 1.0))
+            return cls(tuple(parameters["rope_theta"] ** (-i / width) for i in range(0, width, 2)))
+        with torch.device("cpu"):
+            frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](_LayerConfig(config, parameters), None)
+        return cls(tuple(frequencies.tolist()), float(factor))
+
+    @classmethod
+    def check(cls, config):
+        for layer in range(config.num_hidden_layers):
+            parameters = rope_of_layer(config, layer)
+            if parameters["rope_type"] not in SUPPORTED:
+                return (
+                    f"rope_parameters: rope_type must be one of {', '.join(map(repr, SUPPORTED))}, got "
+                    f"{parameters['rope_type']!r}. ('dynamic' and 'longrope' depend on the longest text of a batch.)"
+                )
+            unknown = set(parameters) - _KEYS
+            if unknown:
+                return f"rope_parameters knows {', '.join(sorted(_KEYS))}, got {sorted(unknown)}. Leave them out."
+            width = config.query_key_dim * parameters.get("partial_rotary_factor", 1.0)
+            if width != int(width) or int(width) % 2 or not 0 < width <= config.query_key_dim:
+                return (
+                    "position_encoding 'rotary' turns pairs and needs an even head_dim * partial_rotary_factor, got "
+                    f"{width}. Change head_dim or the factor."
+                )
+        return None
+
+    def state(self, query, source, dtype):
+        """((cos, sin) of the queries, (cos, sin) of the keys), each (R, N, 1, r / 2)."""
+        turned = self._cos_sin(query.position, dtype)
+        return turned, turned if source is query else self._cos_sin(source.position, dtype)
+
+    def _cos_sin(self, position, dtype):
+        # The table is made here from numbers: a buffer would come back from the meta device as garbage and would be
+        # rounded by model.half().
+        frequencies = torch.tensor(self.frequencies, dtype=dtype, device=position.device)
+        angle = position[..., None, None].to(dtype) * frequencies
+        return angle.cos() * self.factor, angle.sin() * self.factor
+
+    def layer(self, config):
+        return RotateHalves()
+
+
+class RotateHalves(nn.Module):
+    """Rotates query (R, N, H, d_k) and key (R, K, G, d_k) by the tables of `Rotary.state`."""
+
+    def forward(self, query, key, state):
+        of_queries, of_keys = state
+        return self.rotate(query, *of_queries), self.rotate(key, *of_keys), None
+
+    @staticmethod
+    def rotate(x, cos, sin):
+        half = cos.shape[-1]
+        first, second, rest = x.to(cos.dtype).split((half, half, x.shape[-1] - 2 * half), dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
+
+
+_KEYS = {
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+}
+
+
+def rope_of_layer(config, layer: int) -> dict:
+    """rope_parameters of one layer: the flat dict, or its entry for the layer's pattern; defaults filled in."""
+    parameters = config.rope_parameters or {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        pattern = config.attention_pattern
+        parameters = parameters[pattern if isinstance(pattern, str) else pattern[layer]]
+    return {"rope_type": "default", "rope_theta": config.default_theta, **parameters}
+
+
+class _LayerConfig:
+    """The config as one layer's frequencies read it in transformers."""
+
+    def __init__(self, config, parameters: dict):
+        self.rope_parameters = parameters
+        self.head_dim = config.query_key_dim
+        self.hidden_size = config.hidden_size
+        self.num_attention_heads = config.num_attention_heads
+        self.max_position_embeddings = config.max_position_embeddings or parameters.get(
+            "original_max_position_embeddings"
+        )
+
+    def standardize_rope_params(self):
+        """transformers calls it; the parameters are complete."""
