@@ -1,4 +1,4 @@
-"""Biases: what a position adds to the scores, by distance and never as a matrix (N, K) until a kernel needs a tile of it.
+"""Biases: what a position adds to the scores, by distance; no matrix (N, K) until a kernel needs a tile of it.
 
 Distance is key position - query position.
 """
@@ -31,14 +31,16 @@ class Bias(NamedTuple):
 
 def alibi(distance: torch.Tensor, query: Any, slopes: torch.Tensor) -> torch.Tensor:
     """-slope * |distance|, symmetric. Args: distance (…, 1, N, K), slopes (H,). Returns (…, H, N, K)."""
-    return -slopes.view(-1, 1, 1) * distance.abs()
+    return -slopes[..., None, None] * distance.abs()
 
 
 def by_distance(distance: torch.Tensor, query: Any, table: torch.Tensor) -> torch.Tensor:
     """table (H, 2r + 1) read at distance + r; greater distances read its ends. Returns (…, H, N, K)."""
-    reach = table.shape[1] // 2
-    index = (distance.clamp(-reach, reach) + reach).squeeze(-3)
-    return table.t()[index].movedim(-1, -3)
+    reach = table.shape[-1] // 2
+    index = distance.clamp(-reach, reach) + reach
+    heads = torch.broadcast_shapes(index.shape[:-2], table.shape[:-1])
+    rows = table.unsqueeze(-2).expand(*heads, index.shape[-2], -1)
+    return rows.gather(-1, index.expand(*heads, -1, -1))
 
 
 def by_query_and_distance(
@@ -56,13 +58,13 @@ def by_query_and_distance(
         (…, H, N, K).
     """
     keys = keys.unflatten(-1, (-1, query.shape[-1]))
-    reach = keys.shape[1] // 2
+    reach = keys.shape[-2] // 2
     index = distance.clamp(-reach, reach) + reach
     # Only the distances that occur: a tile of b queries and k keys has about b + k of them, not 2r + 1.
     first, last = 0, 2 * reach
     if index.numel() and values_can_be_read(index):
         first, last = int(index.min()), int(index.max())
-    scores = query @ keys[:, first : last + 1].transpose(-1, -2) * scale
+    scores = query @ keys[..., first : last + 1, :].transpose(-1, -2) * scale
     return scores.gather(-1, (index - first).expand(*scores.shape[:-1], -1))
 
 

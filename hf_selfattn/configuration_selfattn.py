@@ -311,8 +311,8 @@ class SelfAttnConfig(PreTrainedConfig):
             raise ValueError(f"memory_length must be 0 (no memory) or more, got {self.memory_length}.")
         if self.memory_length and not self.causal:
             raise ValueError(
-                f"memory_length={self.memory_length} needs causal=True: a token that has been read may not change when "
-                "the next segment comes. Set causal=True, or memory_length=0."
+                f"memory_length={self.memory_length} needs causal=True: a token that has been read may not change "
+                "when the next segment comes. Set causal=True, or memory_length=0."
             )
         if self.memory_length and not POSITIONS[self.position_encoding].relative:
             able = [repr(name) for name, cls in POSITIONS.items() if cls.relative]

@@ -13,8 +13,8 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .encoder import SelfAttnModel, SelfAttnPreTrainedModel
-from .norms import make_norm
 from .losses import IGNORED, classification_loss, cross_entropy, span_loss
+from .norms import make_norm
 from .packing import Packing, values_can_be_read
 
 

@@ -40,8 +40,8 @@ class Pattern:
     def may_see(self, head: torch.Tensor, query: tuple[Tokens, Tokens], key: tuple[Tokens, Tokens]) -> torch.Tensor:
         """False only where no token of a block of queries sees any token of a block of keys.
 
-        Kernels that skip blocks ask this, so a pattern without it is computed in full. Each block is given by the
-        smallest and the greatest of its real tokens' fields; the block lies in one document, or the answer is not used.
+        Kernels that skip blocks ask this, so a pattern without it is computed in full. A block is given by the
+        smallest and the greatest of its real tokens' fields; it lies in one document, or the answer is not used.
 
         Args:
             head, query, key: as for `sees`.
@@ -169,8 +169,8 @@ class Longformer(Pattern):
 class BigBird(Pattern):
     """Blocks of tokens: a window of blocks, global blocks that see and are seen by all, and random blocks.
 
-    A random block is a hash of (seed, layer, its number, head, query block) modulo the number of blocks of the document:
-    no table and no state, the same packed and alone, in training and evaluation. Two may fall on the same block.
+    A random block is a hash of (seed, layer, its number, head, query block) modulo the document's number of blocks: no
+    table and no state, the same packed and alone, in training and evaluation. Two may fall on the same block.
 
     Args:
         block_size: tokens in a block, >= 1.
@@ -203,13 +203,9 @@ class BigBird(Pattern):
     per_head = True
 
     def __post_init__(self):
-        for name, least in (
-            ("block_size", 1),
-            ("block_radius", 0),
-            ("num_global_blocks", 0),
-            ("num_random_blocks", 0),
-        ):
-            check_number("bigbird", name, getattr(self, name), least, "a number of blocks or of tokens in one")
+        check_number("bigbird", "block_size", self.block_size, 1, "tokens in a block")
+        for name in ("block_radius", "num_global_blocks", "num_random_blocks"):
+            check_number("bigbird", name, getattr(self, name), 0, "a number of blocks")
 
     @classmethod
     def from_config(cls, config, layer):

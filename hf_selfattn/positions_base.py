@@ -19,7 +19,7 @@ class NoPosition:
     """Whether it enters as a bias on the scores."""
 
     relative = True
-    """Whether it depends on differences of positions alone, so that a memory of earlier segments can be attended to."""
+    """Whether it depends on differences of positions alone, as a memory of earlier segments needs it."""
 
     @classmethod
     def from_config(cls, config, layer: int) -> "NoPosition":
@@ -35,8 +35,7 @@ class NoPosition:
         return None
 
     def state(self, query: Tokens, source: Tokens, dtype: torch.dtype):
-        """Tables for queries (R, N) and for the tokens that keys are projected from (R, K), in `dtype`."""
-        return None
+        """Tables for queries (R, N) and for the tokens that keys are projected from (R, K), in `dtype`; or None."""
 
     def layer(self, config) -> nn.Module:
         return Unchanged()

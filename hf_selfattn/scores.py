@@ -96,8 +96,8 @@ class DotProduct(Score):
 class Cosine(Score):
     """cos(query, key) / temperature, the temperature fixed or learned per head.
 
-    Without a temperature, softmax over values from -1 to 1 is nearly flat. Source: Henry et al. 2020, arXiv:2010.04245,
-    section 3; temperature per head: Liu et al. 2022, arXiv:2111.09883, eq. 2.
+    Without a temperature, softmax over values from -1 to 1 is nearly flat. Source: Henry et al. 2020,
+    arXiv:2010.04245, section 3; temperature per head: Liu et al. 2022, arXiv:2111.09883, eq. 2.
     """
 
     name = "cosine"

@@ -1,0 +1,181 @@
+"""The from-scratch kernel as an operator that torch.compile and torch.export can trace.
+
+The operator takes names, numbers and tensors only. Its name carries this module's name, so that two copies of the code
+in one process (the installed package, and the code saved with a model) do not replace each other's.
+"""
+
+import json
+import re
+from dataclasses import asdict
+
+import torch
+
+from .kernels_eager import attend as attend_eager
+from .masks import allowed
+from .packing import Tokens
+from .patterns import PATTERNS
+from .scores import Scoring
+from .tile_math import Problem, backward, forward
+from .tiles import TileMask
+
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::tiled_attention", mutates_args=())
+def tiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_query: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    score_tensors: list[torch.Tensor],
+    bias_tensors: list[torch.Tensor],
+    visited: torch.Tensor,
+    query_tokens: list[torch.Tensor],
+    key_tokens: list[torch.Tensor],
+    user_mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    setting: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """heads (R, N, H, d_v) and the logarithms of the softmax denominators (R, H, N); see `tile_math.forward`."""
+    problem = _problem(score_tensors, bias_tensors, visited, query_tokens, key_tokens, user_mask, seed, setting)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        return forward(problem, query, key, value, bias_query, sink)
+
+
+@tiled_attention.register_fake
+def _(query, key, value, *rest):
+    rows, length, heads, _ = query.shape
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return value.new_empty(rows, length, heads, value.shape[3]), query.new_empty(rows, heads, length, dtype=exact)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::tiled_attention_backward", mutates_args=())
+def tiled_attention_backward(
+    heads: torch.Tensor,
+    log_sum: torch.Tensor,
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias_query: torch.Tensor | None,
+    sink: torch.Tensor | None,
+    score_tensors: list[torch.Tensor],
+    bias_tensors: list[torch.Tensor],
+    visited: torch.Tensor,
+    query_tokens: list[torch.Tensor],
+    key_tokens: list[torch.Tensor],
+    user_mask: torch.Tensor | None,
+    seed: torch.Tensor,
+    setting: str,
+) -> list[torch.Tensor]:
+    """Gradients of query, key, value, bias_query and sink where given, score_tensors and bias_tensors."""
+    problem = _problem(score_tensors, bias_tensors, visited, query_tokens, key_tokens, user_mask, seed, setting)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        *grads, of_tensors = backward(problem, query, key, value, bias_query, sink, heads, log_sum, grad)
+    return [x.contiguous() for x in (*grads, *of_tensors) if x is not None]
+
+
+@tiled_attention_backward.register_fake
+def _(heads, log_sum, grad, query, key, value, bias_query, sink, score_tensors, bias_tensors, *rest):
+    given = (x for x in (query, key, value, bias_query, sink, *score_tensors, *bias_tensors) if x is not None)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+
+
+def _save(ctx, inputs, output):
+    ctx.lists = [len(x) if isinstance(x, list) else None for x in inputs]
+    ctx.constants = inputs[12:]
+    flat = []
+    for x in inputs[:12]:
+        flat.extend(x if isinstance(x, list) else [x])
+    ctx.save_for_backward(*output, *flat)
+
+
+def _backward(ctx, grad, _):
+    heads, log_sum, *flat = ctx.saved_tensors
+    inputs = []
+    for size in ctx.lists[:12]:
+        inputs.append(flat.pop(0) if size is None else [flat.pop(0) for _ in range(size)])
+    found = tiled_attention_backward(heads, log_sum, grad.contiguous(), *inputs, *ctx.constants)
+    grads = [found.pop(0) if x is not None else None for x in inputs[:5]]
+    of_score, of_bias = ([found.pop(0) for _ in range(size)] for size in ctx.lists[5:7])
+    none = [None if size is None else [None] * size for size in ctx.lists[7:]]
+    return *grads, of_score, of_bias, *none
+
+
+tiled_attention.register_autograd(_backward, setup_context=_save)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: TileMask,
+    scoring: Scoring,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `kernels_eager.attend`, tile by tile; with `need_weights` it is `kernels_eager.attend`."""
+    if need_weights:
+        dense = allowed(mask.pattern, mask.query, mask.key, mask.heads, mask.user_mask)
+        return attend_eager(query, key, value, dense, scoring, dropout, need_weights)
+    bias = scoring.bias
+    score_tensors, score_numbers = _tensors_first(scoring.parameters)
+    bias_tensors, bias_numbers = _tensors_first(() if bias is None else bias.parameters)
+    setting = {
+        "pattern": (_name_of(mask.pattern), json.dumps(asdict(mask.pattern))),
+        "score": (scoring.name, score_numbers),
+        "bias": ("" if bias is None else bias.name, bias_numbers),
+        "fields": [x is not None for x in mask.query],
+        "block_size": mask.block_size,
+        "first_head": mask.heads.start,
+        "softcap": scoring.softcap or 0.0,
+        "dropout": dropout,
+    }
+    seed = torch.randint(2**31, ()) if dropout else torch.zeros((), dtype=torch.int64)
+    heads, _ = tiled_attention(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        None if bias is None or bias.query is None else bias.query.to(value.dtype),
+        scoring.sink,
+        score_tensors,
+        bias_tensors,
+        mask.visited,
+        [x for x in mask.query if x is not None],
+        [x for x in mask.key if x is not None],
+        mask.user_mask,
+        seed.to(value.device),
+        json.dumps(setting),
+    )
+    return heads, None
+
+
+def reasons(config, device_type: str | None, dtype: torch.dtype | None, training: bool | None) -> list[str]:
+    """It computes everything."""
+    return []
+
+
+def _problem(score_tensors, bias_tensors, visited, query_tokens, key_tokens, user_mask, seed, setting: str) -> Problem:
+    setting = json.loads(setting)
+    fields, (score, score_numbers), (bias, bias_numbers) = (setting.pop(name) for name in ("fields", "score", "bias"))
+    query_fields, key_fields = iter(query_tokens), iter(key_tokens)
+    return Problem(
+        visited=visited,
+        query_tokens=Tokens(*(next(query_fields) if given else None for given in fields)),
+        key_tokens=Tokens(*(next(key_fields) if given else None for given in fields)),
+        user_mask=user_mask,
+        score=(score, score_tensors, score_numbers),
+        bias=(bias, bias_tensors, bias_numbers),
+        seed=seed,
+        **setting,
+    )
+
+
+def _tensors_first(parameters: tuple) -> tuple[list[torch.Tensor], list[float]]:
+    tensors = [x for x in parameters if isinstance(x, torch.Tensor)]
+    return tensors, [float(x) for x in parameters[len(tensors) :]]
+
+
+def _name_of(pattern) -> str:
+    return next(name for name, cls in PATTERNS.items() if cls is type(pattern))

@@ -1,0 +1,93 @@
+"""Which blocks of queries and keys a kernel of tiles has to look at."""
+
+from typing import NamedTuple
+
+import torch
+
+from .packing import Packing, Tokens
+from .patterns import Full
+
+
+class TileMask(NamedTuple):
+    """Who sees whom, as the tiled kernel needs it.
+
+    Attributes:
+        visited: bool (R, 1 or H, query blocks, key blocks), False where no token of the one sees any of the other.
+        block_size: tokens in a block; the last block may be shorter.
+        pattern: what decides within a block.
+        query, key: Tokens (R, N) and (R, K).
+        heads: the numbers of these heads in the whole model.
+        user_mask: bool (R, 1 or H, N, K) or None.
+    """
+
+    visited: torch.Tensor
+    block_size: int
+    pattern: object
+    query: Tokens
+    key: Tokens
+    heads: range
+    user_mask: torch.Tensor | None
+
+
+def mask(
+    pattern, query: Tokens, key: Tokens, packing: Packing, heads: range, user_mask: torch.Tensor | None
+) -> TileMask:
+    """Finds the blocks to visit from what each block holds, without looking at pairs of tokens."""
+    block_size = min(128 if isinstance(pattern, Full) else 64, max(query.position.shape[1], key.position.shape[1]))
+    visited = blocks_to_visit(pattern, query, key, heads, block_size)
+    if user_mask is not None:
+        visited = visited & _any_in_block(user_mask, block_size)
+    return TileMask(visited, block_size, pattern, query, key, heads, user_mask)
+
+
+def blocks_to_visit(pattern, query: Tokens, key: Tokens, heads: range, block_size: int) -> torch.Tensor:
+    """bool (R, 1 or H, query blocks, key blocks), False only where nothing can be seen."""
+    head = torch.arange(heads.start, heads.stop, device=query.document.device).view(-1, 1, 1)
+    in_queries = tuple(x.at((slice(None), None, slice(None), None)) for x in block_bounds(query, block_size))
+    in_keys = tuple(x.at((slice(None), None, None)) for x in block_bounds(key, block_size))
+    (query_low, query_high), (key_low, key_high) = in_queries, in_keys
+
+    meet = (query_low.document <= key_high.document) & (key_low.document <= query_high.document)
+    seen = pattern.may_see(head, in_queries, in_keys)
+    if pattern.causal:
+        seen = seen & (key_low.position <= query_high.position)
+    # In a block with several documents smallest and greatest position are of different ones, and say nothing.
+    mixed = (query_low.document != query_high.document) | (key_low.document != key_high.document)
+    visited = meet & (seen | mixed)
+    return visited if pattern.per_head else visited[:, :1]
+
+
+def block_bounds(tokens: Tokens, block_size: int) -> tuple[Tokens, Tokens]:
+    """The smallest and the greatest of each field over the real tokens of each block, (R, blocks).
+
+    A block without real tokens has document bounds that meet no document.
+    """
+    real = tokens.document >= 0
+    greatest = torch.iinfo(torch.int64).max
+    low, high = [], []
+    for field in tokens:
+        if field is None:
+            low.append(None)
+            high.append(None)
+            continue
+        number = field.long()
+        low.append(pad_to_blocks(number.masked_fill(~real, greatest), block_size, greatest).amin(-1))
+        high.append(pad_to_blocks(number.masked_fill(~real, -1), block_size, -1).amax(-1))
+    low, high = Tokens(*low), Tokens(*high)
+    # Without a global token in it, a block's bounds are 0; asked as a question they are bool.
+    if tokens.is_global is not None:
+        low, high = (x._replace(is_global=x.is_global == 1) for x in (low, high))
+    return low, high
+
+
+def pad_to_blocks(x: torch.Tensor, block_size: int, fill) -> torch.Tensor:
+    """(R, N) to (R, blocks, block_size), the last block filled up with `fill`."""
+    missing = -x.shape[1] % block_size
+    return torch.nn.functional.pad(x, (0, missing), value=fill).unflatten(1, (-1, block_size))
+
+
+def _any_in_block(user_mask: torch.Tensor, block_size: int) -> torch.Tensor:
+    """(R, 1 or H, N, K) to (R, 1, query blocks, key blocks): whether any pair of any head may be seen."""
+    missing = (0, -user_mask.shape[3] % block_size, 0, -user_mask.shape[2] % block_size)
+    padded = torch.nn.functional.pad(user_mask.any(1, keepdim=True), missing)
+    return padded.unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size)).any(5).any(3)
