@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .kernels import attention_kernel
+from .kernels_eager import some_weights
 from .norms import make_norm
 from .positions import POSITIONS
 from .scores import SCORES
@@ -20,10 +21,24 @@ class View(NamedTuple):
     Attributes:
         mask: who sees whom, as the kernel's `mask` made it.
         position: the tables that the position's `state` made.
+        who: what `masks.allowed` takes, for kernels that need not keep it: (pattern, query, key, heads, user_mask).
     """
 
     mask: Any
     position: Any
+    who: tuple
+
+
+class Selection(NamedTuple):
+    """Which attention weights are wanted; None: all.
+
+    Attributes:
+        layers, heads, queries: numbers, the queries in the layout of the layers.
+    """
+
+    layers: list[int] | None = None
+    heads: list[int] | None = None
+    queries: list[int] | None = None
 
 
 class SelfAttention(nn.Module):
@@ -59,19 +74,59 @@ class SelfAttention(nn.Module):
         self.score_function = SCORES[config.score_function](config)
 
     def forward(
-        self, hidden_states: torch.Tensor, views: list[View], need_weights: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        views: list[View],
+        need_weights: bool | Selection = False,
+        key_value_states: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(R, N, D) to (R, N, D), and weights (R, H, N, N) if they are needed."""
-        view = views[self.view_index]
+        """(R, N, D) to (R, N, D), and weights (R, H, N, K) if they are needed.
+
+        Args:
+            hidden_states: (R, N, D), what queries are made from.
+            views: of the forward.
+            need_weights: whether weights are wanted, or which of them.
+            key_value_states: (R, K, D), what keys and values are made from; None: `hidden_states`.
+        """
+        heads, weights = self.heads(hidden_states, views[self.view_index], need_weights, key_value_states)
+        return self.o_proj(heads.flatten(-2)), weights
+
+    def heads(self, hidden_states, view: View, need_weights=False, key_value_states=None):
+        """As `forward`, before the output projection: (R, N, H, d_v) and weights."""
+        source = hidden_states if key_value_states is None else key_value_states
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))  # (R, N, H, d_k)
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))  # (R, N, G, d_k)
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.value_head_dim))  # (R, N, G, d_v)
+        key = self.k_norm(self.k_proj(source).unflatten(-1, (-1, self.head_dim)))  # (R, K, G, d_k)
+        value = self.v_proj(source).unflatten(-1, (-1, self.value_head_dim))  # (R, K, G, d_v)
 
         query, key, bias = self.position(query, key, view.position)
         query, key, scoring = self.score_function(query, key, bias)
 
         dropout = self.config.attention_dropout if self.training else 0.0
         heads, weights = attention_kernel(self.config).attend(
-            query, key, value, view.mask, scoring, dropout=dropout, need_weights=need_weights
+            query, key, value, view.mask, scoring, dropout=dropout, need_weights=need_weights is True
         )
-        return self.o_proj(heads.flatten(-2)), weights
+        if isinstance(need_weights, Selection):
+            weights = some_weights(query, key, view.who, scoring, need_weights.heads, need_weights.queries)
+        return heads, weights
+
+
+class GlobalSelfAttention(SelfAttention):
+    """Longformer's attention with projections of their own for global queries and all that they attend to.
+
+    Source: Beltagy et al. 2020, arXiv:2004.05150, section 3.1 ("linear projections for global attention").
+
+    Args:
+        view_index, global_view_index: the views in which only local, and only global queries see anything.
+    """
+
+    def __init__(self, config, layer_idx: int, view_index: int, global_view_index: int):
+        super().__init__(config, layer_idx, view_index)
+        self.of_global = SelfAttention(config, layer_idx, global_view_index)
+        self.of_global.o_proj = nn.Identity()
+
+    def forward(self, hidden_states, views, need_weights=False, key_value_states=None):
+        """As `SelfAttention.forward`; in each of the two, the other's queries see nothing and give 0."""
+        local, weights = self.heads(hidden_states, views[self.view_index], need_weights, key_value_states)
+        view = views[self.of_global.view_index]
+        of_global, more_weights = self.of_global.heads(hidden_states, view, need_weights, key_value_states)
+        return self.o_proj((local + of_global).flatten(-2)), None if weights is None else weights + more_weights

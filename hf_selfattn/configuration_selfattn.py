@@ -321,6 +321,13 @@ class SelfAttnConfig(PreTrainedConfig):
                 f"{self.position_encoding!r}. Use {' or '.join(able)}, or memory_length=0."
             )
 
+        for pattern in self._chosen_patterns() & set(PATTERNS):
+            if self.memory_length and not PATTERNS[pattern].streams:
+                raise ValueError(
+                    f"memory_length={self.memory_length} needs an attention_pattern that does not ask for the end of "
+                    f"the document, got {pattern!r}. Use another pattern, or memory_length=0."
+                )
+
     def _chosen_patterns(self) -> set[str]:
         return {self.attention_pattern} if isinstance(self.attention_pattern, str) else set(self.attention_pattern)
 

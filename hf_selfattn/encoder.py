@@ -3,19 +3,19 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import SelfAttention, View
+from .attention import Selection, SelfAttention, View
 from .configuration_selfattn import SelfAttnConfig
 from .embeddings import Embeddings
 from .kernels import attention_kernel, check_kernel, default_kernel
 from .layers import EncoderLayer
 from .masks import read_mask
+from .memory import Memory, SelfAttnModelOutput, continue_from, remember
 from .norms import make_norm
-from .packing import Packing, read_batch, values_can_be_read
+from .packing import Packing, Tokens, read_batch, values_can_be_read
 from .patterns import layer_patterns
 from .positions import layer_positions
 
@@ -36,6 +36,20 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *inputs, **kwargs):
         config.validate()
         super().__init__(config, *inputs, **kwargs)
+
+    @torch.no_grad()
+    def attention_weights(self, layers=None, heads=None, queries=None, **batch) -> list[torch.Tensor]:
+        """Some attention weights, and nothing larger is kept.
+
+        Args:
+            layers, heads, queries: lists of numbers from 0; None: all.
+            batch: what the base model's forward takes, by name.
+
+        Returns:
+            For each chosen layer (B, chosen heads, chosen queries, N), rows as `output_attentions` gives them.
+        """
+        outputs = self.base_model(**batch, output_attentions=Selection(layers, heads, queries), return_dict=True)
+        return list(outputs.attentions)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -64,12 +78,15 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_width, padding_idx=config.pad_token_id)
         self.embeddings = Embeddings(config)
 
-        patterns, positions = layer_patterns(config), layer_positions(config)
-        settings = list(zip(patterns, positions, strict=True))
-        self.distinct_settings = list(dict.fromkeys(settings))
+        # One setting a layer, two where global queries have projections of their own.
+        settings = [
+            [(part, position) for part in pattern.parts(config)]
+            for pattern, position in zip(layer_patterns(config), layer_positions(config), strict=True)
+        ]
+        self.distinct_settings = list(dict.fromkeys(setting for of_layer in settings for setting in of_layer))
         self.layers = nn.ModuleList(
-            EncoderLayer(config, layer_idx, view_index=self.distinct_settings.index(setting))
-            for layer_idx, setting in enumerate(settings)
+            EncoderLayer(config, layer_idx, [self.distinct_settings.index(setting) for setting in of_layer])
+            for layer_idx, of_layer in enumerate(settings)
         )
         self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         self.gradient_checkpointing = False
@@ -83,9 +100,11 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        memory: Memory | None = None,
         return_packing: bool = False,
         **kwargs,
-    ) -> BaseModelOutput:
+    ) -> SelfAttnModelOutput:
         """
         Args:
             input_ids: (B, N) token ids.
@@ -95,6 +114,9 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
                 nowhere else, and documents do not see each other.
             token_type_ids: (B, N) sentence numbers; only where `type_vocab_size` > 0.
             inputs_embeds: (B, N, embedding width) instead of `input_ids`.
+            global_attention_mask: (B, N), True or 1 for tokens that see and are seen by all of their document; only
+                where a layer has the pattern 'longformer'.
+            memory: what the last segment's output had as `memory`; only with `memory_length`.
             return_packing: for heads: `last_hidden_state` stays in the layout of the layers, and `packing`, which
                 leads back from it, is returned beside it.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, `cu_seq_lens_q` (boundaries of
@@ -102,7 +124,8 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
 
         Returns:
             `last_hidden_state` (B, N, D); `hidden_states`, one more than layers, (B, N, D); `attentions`, one a layer,
-            (B, H, N, N) with rows that sum to 1 over the tokens seen. All are 0 at padding.
+            (B, H, N, N) with rows that sum to 1 over the tokens seen (with memory, (B, H, N, M + N)). All are 0 at
+            padding. `memory` where `memory_length` > 0.
 
         Raises:
             ValueError: for a mask, positions or ids that the model cannot read, or a kernel that cannot run here.
@@ -111,6 +134,7 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         (batch_size, length), device = inputs_embeds.shape[:2], inputs_embeds.device
         padding_mask, user_mask = read_mask(attention_mask, batch_size, length, self.config.num_attention_heads)
+        is_global = self._check_global(global_attention_mask, (batch_size, length))
         packing = read_batch(
             batch_size,
             length,
@@ -119,7 +143,10 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             position_ids,
             kwargs.get("cu_seq_lens_q"),
             restarts=attention_mask is None,
+            is_global=is_global,
         )
+        self._check_memory(memory, packing, user_mask, return_packing)
+        packing, key_tokens = continue_from(packing, memory)
 
         token_types = packing.pack(self._check_token_types(token_type_ids, (batch_size, length)))
         hidden_states = self.embeddings(packing.pack(inputs_embeds), packing.tokens, token_types)
@@ -130,7 +157,8 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             dtype=hidden_states.dtype,
             training=self.training,
         )
-        outputs = self.encode(hidden_states, self.views(packing, user_mask, hidden_states.dtype), **kwargs)
+        views = self.views(packing, key_tokens, user_mask, hidden_states.dtype)
+        outputs = self.encode(hidden_states, views, key_tokens, memory, **kwargs)
 
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(packing.unpack(x) for x in outputs.hidden_states)
@@ -139,26 +167,42 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         outputs.last_hidden_state = packing.unpack(outputs.last_hidden_state)
         return outputs
 
-    def views(self, packing: Packing, user_mask: torch.Tensor | None, dtype: torch.dtype) -> list[View]:
+    def views(
+        self, packing: Packing, key_tokens: Tokens, user_mask: torch.Tensor | None, dtype: torch.dtype
+    ) -> list[View]:
         """What each distinct pair of pattern and position needs to know of the tokens, once a forward."""
         tokens, heads = packing.tokens, range(self.config.num_attention_heads)
         make_mask, table_dtype = attention_kernel(self.config).mask, torch.promote_types(dtype, torch.float32)
-        masks, states = {}, {}
+        masks, states, views = {}, {}, []
         for pattern, position in self.distinct_settings:
             if pattern not in masks:
-                masks[pattern] = make_mask(pattern, tokens, tokens, packing, heads, user_mask)
+                masks[pattern] = make_mask(pattern, tokens, key_tokens, packing, heads, user_mask)
             if position not in states:
-                states[position] = position.state(tokens, tokens, table_dtype)
-        return [View(masks[pattern], states[position]) for pattern, position in self.distinct_settings]
+                states[position] = position.state(tokens, key_tokens, table_dtype)
+            views.append(View(masks[pattern], states[position], (pattern, tokens, key_tokens, heads, user_mask)))
+        return views
 
     @capture_outputs
-    def encode(self, hidden_states: torch.Tensor, views: list[View], **kwargs) -> BaseModelOutput:
+    def encode(
+        self, hidden_states: torch.Tensor, views: list[View], key_tokens: Tokens, memory: Memory | None, **kwargs
+    ) -> SelfAttnModelOutput:
         """Layers and norm over (R, N, D); hidden states and attention weights are captured here."""
-        output_attentions = kwargs.get("output_attentions")
-        need_weights = bool(self.config.output_attentions if output_attentions is None else output_attentions)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, views, need_weights)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+        wanted = kwargs.get("output_attentions")
+        wanted = bool(self.config.output_attentions) if wanted is None else wanted
+        entered = []
+        for i, layer in enumerate(self.layers):
+            need_weights = wanted.layers is None or i in wanted.layers if isinstance(wanted, Selection) else wanted
+            entered.append(hidden_states)
+            hidden_states = layer(
+                hidden_states,
+                views,
+                wanted if need_weights else False,
+                None if memory is None else memory.hidden_states[i],
+            )
+        remembered = None
+        if self.config.memory_length:
+            remembered = remember(memory, entered, key_tokens, self.config.memory_length)
+        return SelfAttnModelOutput(last_hidden_state=self.norm(hidden_states), memory=remembered)
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -191,6 +235,32 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
                 "type_vocab_size=2."
             )
         return token_type_ids
+
+    def _check_global(self, mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        if not any(pattern.reads_global for pattern, _ in self.distinct_settings):
+            raise ValueError(
+                "global_attention_mask names tokens for attention_pattern 'longformer', got "
+                f"{self.config.attention_pattern!r}. Leave it out, or set that pattern."
+            )
+        if tuple(mask.shape) != tuple(shape):
+            raise ValueError(f"global_attention_mask must be of shape {tuple(shape)}, got {tuple(mask.shape)}.")
+        return mask.to(torch.bool)
+
+    def _check_memory(self, memory, packing: Packing, user_mask, return_packing: bool) -> None:
+        if memory is not None and not self.config.memory_length:
+            raise ValueError("memory goes with memory_length > 0, got memory_length=0. Set it in the config.")
+        if memory is not None and memory.tokens.document.shape[0] != packing.tokens.document.shape[0]:
+            raise ValueError(
+                f"memory is of {memory.tokens.document.shape[0]} texts and the batch of "
+                f"{packing.tokens.document.shape[0]}. Pass the memory of the same texts in the same order."
+            )
+        if self.config.memory_length and (user_mask is not None or not packing.one_document or return_packing):
+            raise ValueError(
+                "memory_length goes with one document in each row, an attention_mask (B, N) or none, and SelfAttnModel, "
+                "got a mask of pairs, several documents in a row, or a head. Set memory_length=0 for these."
+            )
 
 
 _KNOWN_KWARGS = set(TransformersKwargs.__annotations__) - {"is_causal"} | {"return_dict", "use_cache"}

@@ -69,6 +69,7 @@ def read_batch(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
     restarts: bool = True,
+    is_global: torch.Tensor | None = None,
 ) -> Packing:
     """Finds the documents of a batch of shape (B, N) and where each token stands.
 
@@ -81,6 +82,7 @@ def read_batch(
         position_ids: (B, N) or (1, N) integers; used as `Tokens.position` where given.
         cu_seq_lens: (documents + 1,) integers, increasing from 0.
         restarts: whether `position_ids` tell documents apart (they do where the user gave no mask).
+        is_global: (B, N) bool, `Tokens.is_global`.
 
     Raises:
         ValueError: for `position_ids` or `cu_seq_lens` that cannot be read.
@@ -98,7 +100,7 @@ def read_batch(
         starts[:, 1:] = number[:, 1:] != number[:, :-1]
     elif restarts and position_ids is not None:
         starts = position_ids == 0
-    tokens = _stand(real, starts, position_ids)
+    tokens = _stand(real, starts, position_ids)._replace(is_global=is_global)
     one_document = cu_seq_lens is None and not (restarts and position_ids is not None)
     return Packing(tokens, all_real=padding_mask is None and cu_seq_lens is None, one_document=one_document)
 

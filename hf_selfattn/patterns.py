@@ -3,7 +3,7 @@
 A new pattern is one frozen dataclass of numbers, one row in PATTERNS, one slow loop in tests/reference.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,16 @@ class Pattern:
 
     per_head = False
     """Whether `sees` depends on the head."""
+
+    reads_global = False
+    """Whether it reads `Tokens.is_global`, which `global_attention_mask` gives."""
+
+    streams = True
+    """Whether it can be applied before the end of the document is known."""
+
+    def parts(self, config) -> list["Pattern"]:
+        """The patterns of a layer: itself, or one for each set of projections."""
+        return [self]
 
     def sees(self, head: torch.Tensor, query: Tokens, key: Tokens) -> torch.Tensor:
         """Whether the query may see the key: bool, broadcastable to (R, H, N, K).
@@ -136,7 +146,15 @@ class Longformer(Pattern):
     window_radius: int | None = None
     num_global_tokens: int = 1
     queries: str = "all"
-    options = ("window_radius", "num_global_tokens")
+    options = ("window_radius", "num_global_tokens", "global_projections")
+    reads_global = True
+
+    @classmethod
+    def numbers(cls, config, layer):
+        return {name: value for name, value in super().numbers(config, layer).items() if name != "global_projections"}
+
+    def parts(self, config):
+        return [replace(self, queries=q) for q in (("local", "global") if config.global_projections else ("all",))]
 
     def __post_init__(self):
         check_number("longformer", "window_radius", self.window_radius, 1, "tokens seen on one side, say 64")
@@ -201,6 +219,7 @@ class BigBird(Pattern):
     layer: int = 0
     options = ("block_size", "block_radius", "num_global_blocks", "num_random_blocks", "random_blocks_seed")
     per_head = True
+    streams = False
 
     def __post_init__(self):
         check_number("bigbird", "block_size", self.block_size, 1, "tokens in a block")
