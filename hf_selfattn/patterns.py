@@ -308,7 +308,7 @@ def of_layer(value, layer: int):
 
 def mix(number: torch.Tensor) -> torch.Tensor:
     """A hash of integers to 0 … 2^31 - 1, the same on every device: multiply and shift, all within 63 bits."""
-    number = number & 0x7FFFFFFF
+    number = number.long() & 0x7FFFFFFF
     for factor in (0x45D9F3B, 0x119DE1F3):
         number = ((number ^ (number >> 16)) * factor) & 0x7FFFFFFF
     return number ^ (number >> 16)

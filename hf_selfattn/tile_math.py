@@ -107,9 +107,13 @@ class Tiling:
         name, numbers = problem.pattern
         self.pattern = PATTERNS[name](**json.loads(numbers))
         self.score, self.bias = SCORES[problem.score[0]], BIASES.get(problem.bias[0])
+        # The scale of a dot product is taken into the query: there are fewer numbers in it than scores.
+        self.scale = problem.score[2][0] if self.score.is_dot_product else None
+        query = query if self.scale is None else query * self.scale
         self.query, self.key, self.value = (Blocks(x, size, self.heads) for x in (query, key, value))
+        # 32 bits are enough for a place in a text, and are compared twice as fast.
         self.query_tokens, self.key_tokens = (
-            Tokens(*(None if x is None else pad_to_blocks(x, size, -1).flatten(0, 1) for x in tokens))
+            Tokens(*(None if x is None else pad_to_blocks(x.int(), size, -1).flatten(0, 1) for x in tokens))
             for tokens in (problem.query_tokens, problem.key_tokens)
         )
         self.user_mask = problem.user_mask
@@ -146,8 +150,8 @@ class Tiling:
         key_blocks_ = key_blocks.unsqueeze(1)
         query = self.query_tokens.at(row * self.query.count + query_block)
         key = self.key_tokens.at(row.unsqueeze(1) * self.key.count + key_blocks)
-        query = Tokens(*(None if x is None else x[:, None, :, None] for x in query))
-        key = Tokens(*(None if x is None else x.flatten(1)[:, None, None, :] for x in key))
+        query = _with_flags(x if x is None else x[:, None, :, None] for x in query)
+        key = _with_flags(x if x is None else x.flatten(1)[:, None, None, :] for x in key)
         numbers = (head + self.problem.first_head)[..., None, None]
         seen = visible(self.pattern, numbers, query, key)
         if self.user_mask is not None:
@@ -168,7 +172,10 @@ class Tiling:
         head = tile.head[..., 0, 0]
         if head.shape[0] > 1:
             score_tensors, bias_tensors = ([x[head] for x in tensors] for tensors in (score_tensors, bias_tensors))
-        scores = self.score.tile(query, key, *score_tensors, *self.problem.score[2])
+        if self.scale is None:
+            scores = self.score.tile(query, key, *score_tensors, *self.problem.score[2])
+        else:
+            scores = query @ key.transpose(-1, -2)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.problem.softcap:
             scores = self.problem.softcap * torch.tanh(scores / self.problem.softcap)
@@ -282,7 +289,7 @@ def backward(
             tile_query, tile_key = tiling.query.gather(tile.query_places), tiling.key.gather(tile.key_places)
             tile_second = None if second is None else second.gather(tile.query_places)
             scores, pull_back = _scores_with_gradient(tiling, tile, tile_query, tile_key, tile_second, split)
-            weights = scores.masked_fill(~tile.seen, float("-inf")).sub_(log_sums.gather(tile.query_places)).exp_()
+            weights = scores.masked_fill_(~tile.seen, float("-inf")).sub_(log_sums.gather(tile.query_places)).exp_()
 
             tile_grad = grads.gather(tile.query_places)
             gain = (tile_grad @ tiling.value.gather(tile.key_places).transpose(-1, -2)).to(exact)
@@ -306,7 +313,7 @@ def backward(
         at_sink = (sink.to(exact).view(-1, 1) - log_sum).exp()  # (R, H, N); 1 where only the sink was seen
         of_sink = -(at_sink * common.squeeze(-1).transpose(1, 2)).sum((0, 2)).to(sink.dtype)
     return (
-        tiling.query.restore(of_query).to(query.dtype),
+        tiling.query.restore(of_query if tiling.scale is None else of_query * tiling.scale).to(query.dtype),
         tiling.key.restore(of_key).to(key.dtype),
         tiling.value.restore(of_value).to(value.dtype),
         None if second is None else second.restore(of_second).to(bias_query.dtype),
@@ -328,11 +335,10 @@ def _scores_with_gradient(tiling: Tiling, tile: Tile, query, key, second, split:
     """The scores of a tile, and the function from their gradient to those of query, key, second and all tensors."""
     problem = tiling.problem
     tensors = (*problem.score[1], *problem.bias[1])
-    if tiling.score.is_dot_product and not problem.softcap and tiling.bias is None:
-        (scale,) = problem.score[2]
+    if tiling.scale is not None and not problem.softcap and tiling.bias is None:
 
         def pull_back(moved):
-            moved = (moved * scale).to(query.dtype)
+            moved = moved.to(query.dtype)
             return moved @ key, moved.transpose(-1, -2) @ query, None, ()
 
         return tiling.scores(tile, query, key, None, (), ()), pull_back
@@ -340,6 +346,7 @@ def _scores_with_gradient(tiling: Tiling, tile: Tile, query, key, second, split:
     def scores_of(query, key, second, *tensors):
         return tiling.scores(tile, query, key, second, tensors[:split], tensors[split:])
 
+    # What the gradient needs of the scores stays as it is; the scores that are returned are written to.
     if second is None:
         scores, pull = torch.func.vjp(lambda q, k, *rest: scores_of(q, k, None, *rest), query, key, *tensors)
 
@@ -354,4 +361,10 @@ def _scores_with_gradient(tiling: Tiling, tile: Tile, query, key, second, split:
             to_query, to_key, to_second, *rest = pull(moved)
             return to_query, to_key, to_second, rest
 
-    return scores, pull_back
+    return scores.clone(), pull_back
+
+
+def _with_flags(fields) -> Tokens:
+    """Tokens from their fields, `is_global` bool again."""
+    tokens = Tokens(*fields)
+    return tokens if tokens.is_global is None else tokens._replace(is_global=tokens.is_global == 1)
