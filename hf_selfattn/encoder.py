@@ -258,8 +258,8 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             )
         if self.config.memory_length and (user_mask is not None or not packing.one_document or return_packing):
             raise ValueError(
-                "memory_length goes with one document in each row, an attention_mask (B, N) or none, and "
-                "SelfAttnModel, got a mask of pairs, several documents in a row, or a head. Set memory_length=0 for these."
+                "memory_length goes with SelfAttnModel, one document in each row, and an attention_mask (B, N) or "
+                "none; got a head, several documents in a row, or a mask of pairs. Set memory_length=0 for these."
             )
 
 
