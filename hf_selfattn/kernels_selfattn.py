@@ -31,6 +31,7 @@ def tiled_attention(
     score_tensors: list[torch.Tensor],
     bias_tensors: list[torch.Tensor],
     visited: torch.Tensor,
+    whole: torch.Tensor,
     query_tokens: list[torch.Tensor],
     key_tokens: list[torch.Tensor],
     user_mask: torch.Tensor | None,
@@ -38,7 +39,7 @@ def tiled_attention(
     setting: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """heads (R, N, H, d_v) and the logarithms of the softmax denominators (R, H, N); see `tile_math.forward`."""
-    problem = _problem(score_tensors, bias_tensors, visited, query_tokens, key_tokens, user_mask, seed, setting)
+    problem = _problem(score_tensors, bias_tensors, visited, whole, query_tokens, key_tokens, user_mask, seed, setting)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         return forward(problem, query, key, value, bias_query, sink)
 
@@ -63,6 +64,7 @@ def tiled_attention_backward(
     score_tensors: list[torch.Tensor],
     bias_tensors: list[torch.Tensor],
     visited: torch.Tensor,
+    whole: torch.Tensor,
     query_tokens: list[torch.Tensor],
     key_tokens: list[torch.Tensor],
     user_mask: torch.Tensor | None,
@@ -70,7 +72,7 @@ def tiled_attention_backward(
     setting: str,
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value, bias_query and sink where given, score_tensors and bias_tensors."""
-    problem = _problem(score_tensors, bias_tensors, visited, query_tokens, key_tokens, user_mask, seed, setting)
+    problem = _problem(score_tensors, bias_tensors, visited, whole, query_tokens, key_tokens, user_mask, seed, setting)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         *grads, of_tensors = backward(problem, query, key, value, bias_query, sink, heads, log_sum, grad)
     return [x.contiguous() for x in (*grads, *of_tensors) if x is not None]
@@ -84,9 +86,9 @@ def _(heads, log_sum, grad, query, key, value, bias_query, sink, score_tensors, 
 
 def _save(ctx, inputs, output):
     ctx.lists = [len(x) if isinstance(x, list) else None for x in inputs]
-    ctx.constants = inputs[12:]
+    ctx.constants = inputs[13:]
     flat = []
-    for x in inputs[:12]:
+    for x in inputs[:13]:
         flat.extend(x if isinstance(x, list) else [x])
     ctx.save_for_backward(*output, *flat)
 
@@ -94,7 +96,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, _):
     heads, log_sum, *flat = ctx.saved_tensors
     inputs = []
-    for size in ctx.lists[:12]:
+    for size in ctx.lists[:13]:
         inputs.append(flat.pop(0) if size is None else [flat.pop(0) for _ in range(size)])
     found = tiled_attention_backward(heads, log_sum, grad.contiguous(), *inputs, *ctx.constants)
     grads = [found.pop(0) if x is not None else None for x in inputs[:5]]
@@ -142,6 +144,7 @@ def attend(
         score_tensors,
         bias_tensors,
         mask.visited,
+        mask.whole,
         [x for x in mask.query if x is not None],
         [x for x in mask.key if x is not None],
         mask.user_mask,
@@ -156,12 +159,15 @@ def reasons(config, device_type: str | None, dtype: torch.dtype | None, training
     return []
 
 
-def _problem(score_tensors, bias_tensors, visited, query_tokens, key_tokens, user_mask, seed, setting: str) -> Problem:
+def _problem(
+    score_tensors, bias_tensors, visited, whole, query_tokens, key_tokens, user_mask, seed, setting: str
+) -> Problem:
     setting = json.loads(setting)
     fields, (score, score_numbers), (bias, bias_numbers) = (setting.pop(name) for name in ("fields", "score", "bias"))
     query_fields, key_fields = iter(query_tokens), iter(key_tokens)
     return Problem(
         visited=visited,
+        whole=whole,
         query_tokens=Tokens(*(next(query_fields) if given else None for given in fields)),
         key_tokens=Tokens(*(next(key_fields) if given else None for given in fields)),
         user_mask=user_mask,

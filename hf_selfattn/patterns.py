@@ -58,6 +58,18 @@ class Pattern:
         """
         return torch.ones((), dtype=torch.bool, device=query[0].position.device)
 
+    def all_see(self, head: torch.Tensor, query: tuple[Tokens, Tokens], key: tuple[Tokens, Tokens]) -> torch.Tensor:
+        """True only where every token of a block of queries sees every token of a block of keys, as in `may_see`.
+
+        Kernels need not ask `sees` there.
+        """
+        return torch.zeros((), dtype=torch.bool, device=query[0].position.device)
+
+    @property
+    def tile_size(self) -> int:
+        """Tokens in the blocks that suit it best."""
+        return 64
+
     @classmethod
     def from_config(cls, config, layer: int) -> "Pattern":
         """The pattern of one layer, its numbers read from the config fields named in `options`; None: the default."""
@@ -79,6 +91,13 @@ class Full(Pattern):
 
     def sees(self, head, query, key):
         return torch.ones((), dtype=torch.bool, device=query.position.device)
+
+    def all_see(self, head, query, key):
+        return torch.ones((), dtype=torch.bool, device=query[0].position.device)
+
+    @property
+    def tile_size(self):
+        return 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +137,9 @@ class SlidingWindow(Pattern):
 
     def may_see(self, head, query, key):
         return within(query, key, self.window_radius * self.dilation)
+
+    def all_see(self, head, query, key):
+        return (farthest(query, key) <= self.window_radius) & (self.dilation == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +203,13 @@ class Longformer(Pattern):
             return some_query
         near = within(query, key, self.window_radius) | some_key
         return near if self.queries == "local" else near | some_query
+
+    def all_see(self, head, query, key):
+        none_global = query[0].position >= self.num_global_tokens
+        if query[1].is_global is not None:
+            none_global = none_global & ~query[1].is_global
+        near = farthest(query, key) <= self.window_radius
+        return near & none_global if self.queries == "local" else near & (self.queries == "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +290,17 @@ class BigBird(Pattern):
             wide = wide | (high.position // self.block_size - low.position // self.block_size > 1)
         return seen | wide
 
+    def all_see(self, head, query, key):
+        (first, _), (other, _) = query, key
+        aligned = torch.ones((), dtype=torch.bool, device=first.position.device)
+        for low, high in (query, key):
+            aligned = aligned & (high.position // self.block_size == low.position // self.block_size)
+        return aligned & self._blocks_see(head, first.position, query[1].length, other.position, key[1].length)
+
+    @property
+    def tile_size(self):
+        return self.block_size if 16 <= self.block_size <= 128 else 64
+
 
 PATTERNS: dict[str, type[Pattern]] = {
     "full": Full,
@@ -290,6 +330,11 @@ def within(query: tuple[Tokens, Tokens], key: tuple[Tokens, Tokens], reach: int)
     """Whether two blocks, each given by its smallest and greatest fields, come within `reach` positions."""
     apart = torch.maximum(query[0].position - key[1].position, key[0].position - query[1].position)
     return apart <= reach
+
+
+def farthest(query: tuple[Tokens, Tokens], key: tuple[Tokens, Tokens]) -> torch.Tensor:
+    """The greatest distance between tokens of two blocks, each given by its smallest and greatest fields."""
+    return torch.maximum(query[1].position - key[0].position, key[1].position - query[0].position)
 
 
 def check_number(pattern: str, name: str, value, least: int, meaning: str) -> None:

@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     """What is to be computed, beside query, key and value: names, numbers and tensors.
 
     Attributes:
-        visited: bool (R, 1 or H, query blocks, key blocks), the blocks to look at.
+        visited, whole: bool (R, 1 or H, query blocks, key blocks), the blocks to look at, and those seen whole.
         block_size: tokens in a block.
         pattern: a row of PATTERNS, and its numbers as JSON.
         query_tokens, key_tokens: Tokens (R, N) and (R, K).
@@ -44,6 +44,7 @@ class Problem(NamedTuple):
     """
 
     visited: torch.Tensor
+    whole: torch.Tensor
     block_size: int
     pattern: tuple[str, str]
     query_tokens: Tokens
@@ -88,7 +89,7 @@ class Tile(NamedTuple):
         head: (n or 1, h, 1, 1) head numbers, from 0.
         query_places, key_places: where the blocks stand, (n, h, 1) and (n, h, c).
         query, key: Tokens, (n, 1, b, 1) and (n, 1, 1, k).
-        seen: bool (n, 1 or h, b, k).
+        hidden: bool (n, 1 or h, b, k), True where a key may not be seen; None where all are.
     """
 
     head: torch.Tensor
@@ -96,7 +97,7 @@ class Tile(NamedTuple):
     key_places: torch.Tensor
     query: Tokens
     key: Tokens
-    seen: torch.Tensor
+    hidden: torch.Tensor | None
 
 
 class Tiling:
@@ -128,23 +129,25 @@ class Tiling:
         per_head, size = self.problem.visited.shape[1] > 1, self.problem.block_size
         visited = self.problem.visited.flatten(0, 2)
         count = visited.sum(1)
+        seen_whole = (visited == self.problem.whole.flatten(0, 2)).all(1)
         first = count.cumsum(0) - count
         key_block = visited.nonzero()[:, 1]
         own = torch.arange(self.heads, device=count.device)
-        for blocks in count.unique().tolist():
+        kinds = torch.stack((count, seen_whole), dim=1)
+        for blocks, whole in kinds.unique(dim=0).tolist():
             if blocks == 0:
                 continue
             step = max(1, min(blocks, KEYS_AT_ONCE // size))
             heads = 1 if per_head else self.heads
-            units = (count == blocks).nonzero().squeeze(1)
+            units = ((count == blocks) & (seen_whole == whole)).nonzero().squeeze(1)
             for chunk in units.split(max(1, self.budget // (heads * size * step * size))):
                 row = chunk // (self.problem.visited.shape[1] * self.query.count)
                 block = chunk % self.query.count
                 head = ((chunk // self.query.count) % self.heads).unsqueeze(1) if per_head else own.unsqueeze(0)
                 lists = key_block[first[chunk].unsqueeze(1) + torch.arange(blocks, device=count.device)]
-                yield [self.tile(row, head, block, part) for part in lists.split(step, dim=1)]
+                yield [self.tile(row, head, block, part, bool(whole)) for part in lists.split(step, dim=1)]
 
-    def tile(self, row: torch.Tensor, head: torch.Tensor, query_block: torch.Tensor, key_blocks: torch.Tensor) -> Tile:
+    def tile(self, row, head, query_block: torch.Tensor, key_blocks: torch.Tensor, whole: bool) -> Tile:
         """The tile of units (n,) in `row` at `query_block`, heads (n or 1, h), and their key blocks (n, c)."""
         row_, head_ = row.view(-1, 1, 1), head.unsqueeze(2)
         key_blocks_ = key_blocks.unsqueeze(1)
@@ -152,20 +155,24 @@ class Tiling:
         key = self.key_tokens.at(row.unsqueeze(1) * self.key.count + key_blocks)
         query = _with_flags(x if x is None else x[:, None, :, None] for x in query)
         key = _with_flags(x if x is None else x.flatten(1)[:, None, None, :] for x in key)
-        numbers = (head + self.problem.first_head)[..., None, None]
-        seen = visible(self.pattern, numbers, query, key)
-        if self.user_mask is not None:
-            of = head if self.user_mask.shape[1] > 1 else torch.zeros_like(head[:, :1])
-            picked = self.user_mask[row_, of.unsqueeze(2), query_block.view(-1, 1, 1), :, key_blocks_]
-            seen = seen & picked.transpose(2, 3).flatten(3)
+        hidden = None if whole else ~self.seen(row_, head, query_block, key_blocks_, query, key)
         return Tile(
             head[..., None, None],
             self.query.places(row_, head_, query_block.view(-1, 1, 1)),
             self.key.places(row_, head_, key_blocks_),
             query,
             key,
-            seen,
+            hidden,
         )
+
+    def seen(self, row, head, query_block, key_blocks, query: Tokens, key: Tokens) -> torch.Tensor:
+        """bool (n, 1 or h, b, k): who sees whom in a tile."""
+        seen = visible(self.pattern, (head + self.problem.first_head)[..., None, None], query, key)
+        if self.user_mask is None:
+            return seen
+        of = head if self.user_mask.shape[1] > 1 else torch.zeros_like(head[:, :1])
+        picked = self.user_mask[row, of.unsqueeze(2), query_block.view(-1, 1, 1), :, key_blocks]
+        return seen & picked.transpose(2, 3).flatten(3)
 
     def scores(self, tile: Tile, query, key, bias_query, score_tensors, bias_tensors) -> torch.Tensor:
         """(n, h, b, k) scores of a tile in at least fp32, capped and with their bias, not yet masked."""
@@ -224,7 +231,9 @@ def forward(
                 None if second is None else second.gather(tile.query_places),
                 problem.score[1],
                 problem.bias[1],
-            ).masked_fill_(~tile.seen, float("-inf"))
+            )
+            if tile.hidden is not None:
+                scores.masked_fill_(tile.hidden, float("-inf"))
             greatest = scores.amax(-1, keepdim=True)
             new_best = greatest if best is None else torch.maximum(best, greatest)
             # Where nothing has been seen yet, any finite number stands for the greatest score.
@@ -289,7 +298,9 @@ def backward(
             tile_query, tile_key = tiling.query.gather(tile.query_places), tiling.key.gather(tile.key_places)
             tile_second = None if second is None else second.gather(tile.query_places)
             scores, pull_back = _scores_with_gradient(tiling, tile, tile_query, tile_key, tile_second, split)
-            weights = scores.masked_fill_(~tile.seen, float("-inf")).sub_(log_sums.gather(tile.query_places)).exp_()
+            if tile.hidden is not None:
+                scores.masked_fill_(tile.hidden, float("-inf"))
+            weights = scores.sub_(log_sums.gather(tile.query_places)).exp_()
 
             tile_grad = grads.gather(tile.query_places)
             gain = (tile_grad @ tiling.value.gather(tile.key_places).transpose(-1, -2)).to(exact)

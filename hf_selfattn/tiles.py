@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 from .packing import Packing, Tokens
-from .patterns import Full
 
 
 class TileMask(NamedTuple):
@@ -13,6 +12,7 @@ class TileMask(NamedTuple):
 
     Attributes:
         visited: bool (R, 1 or H, query blocks, key blocks), False where no token of the one sees any of the other.
+        whole: of the same shape, True where every token of the one sees every token of the other.
         block_size: tokens in a block; the last block may be shorter.
         pattern: what decides within a block.
         query, key: Tokens (R, N) and (R, K).
@@ -21,6 +21,7 @@ class TileMask(NamedTuple):
     """
 
     visited: torch.Tensor
+    whole: torch.Tensor
     block_size: int
     pattern: object
     query: Tokens
@@ -33,28 +34,40 @@ def mask(
     pattern, query: Tokens, key: Tokens, packing: Packing, heads: range, user_mask: torch.Tensor | None
 ) -> TileMask:
     """Finds the blocks to visit from what each block holds, without looking at pairs of tokens."""
-    block_size = min(128 if isinstance(pattern, Full) else 64, max(query.position.shape[1], key.position.shape[1]))
-    visited = blocks_to_visit(pattern, query, key, heads, block_size)
+    block_size = min(pattern.tile_size, max(query.position.shape[1], key.position.shape[1]))
+    visited, whole = look_at_blocks(pattern, query, key, heads, block_size)
     if user_mask is not None:
-        visited = visited & _any_in_block(user_mask, block_size)
-    return TileMask(visited, block_size, pattern, query, key, heads, user_mask)
+        some, every = _in_blocks(user_mask, block_size)
+        visited, whole = visited & some, whole & every
+    return TileMask(visited, whole, block_size, pattern, query, key, heads, user_mask)
 
 
-def blocks_to_visit(pattern, query: Tokens, key: Tokens, heads: range, block_size: int) -> torch.Tensor:
-    """bool (R, 1 or H, query blocks, key blocks), False only where nothing can be seen."""
+def look_at_blocks(
+    pattern, query: Tokens, key: Tokens, heads: range, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`TileMask.visited` and `TileMask.whole`, without the user's mask."""
     head = torch.arange(heads.start, heads.stop, device=query.document.device).view(-1, 1, 1)
     in_queries = tuple(x.at((slice(None), None, slice(None), None)) for x in block_bounds(query, block_size))
     in_keys = tuple(x.at((slice(None), None, None)) for x in block_bounds(key, block_size))
     (query_low, query_high), (key_low, key_high) = in_queries, in_keys
 
     meet = (query_low.document <= key_high.document) & (key_low.document <= query_high.document)
-    seen = pattern.may_see(head, in_queries, in_keys)
+    seen, whole = pattern.may_see(head, in_queries, in_keys), pattern.all_see(head, in_queries, in_keys)
     if pattern.causal:
         seen = seen & (key_low.position <= query_high.position)
+        whole = whole & (key_high.position <= query_low.position)
     # In a block with several documents smallest and greatest position are of different ones, and say nothing.
     mixed = (query_low.document != query_high.document) | (key_low.document != key_high.document)
     visited = meet & (seen | mixed)
-    return visited if pattern.per_head else visited[:, :1]
+    filled = _filled(query, block_size)[:, None, :, None] & _filled(key, block_size)[:, None, None, :]
+    whole = visited & whole & filled & ~mixed
+    heads_apart = slice(None) if pattern.per_head else slice(1)
+    return visited[:, heads_apart].contiguous(), whole[:, heads_apart].contiguous()
+
+
+def _filled(tokens: Tokens, block_size: int) -> torch.Tensor:
+    """(R, blocks): whether a block has no padding."""
+    return pad_to_blocks(tokens.document, block_size, -1).amin(-1) >= 0
 
 
 def block_bounds(tokens: Tokens, block_size: int) -> tuple[Tokens, Tokens]:
@@ -86,8 +99,8 @@ def pad_to_blocks(x: torch.Tensor, block_size: int, fill) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, missing), value=fill).unflatten(1, (-1, block_size))
 
 
-def _any_in_block(user_mask: torch.Tensor, block_size: int) -> torch.Tensor:
-    """(R, 1 or H, N, K) to (R, 1, query blocks, key blocks): whether any pair of any head may be seen."""
+def _in_blocks(user_mask: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, 1 or H, N, K) to (R, 1, query blocks, key blocks): whether some pair, and whether every pair may be seen."""
     missing = (0, -user_mask.shape[3] % block_size, 0, -user_mask.shape[2] % block_size)
-    padded = torch.nn.functional.pad(user_mask.any(1, keepdim=True), missing)
-    return padded.unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size)).any(5).any(3)
+    blocks = torch.nn.functional.pad(user_mask, missing).unflatten(3, (-1, block_size)).unflatten(2, (-1, block_size))
+    return blocks.any(5).any(3).any(1, keepdim=True), blocks.all(5).all(3).all(1, keepdim=True)
