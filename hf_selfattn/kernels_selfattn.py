@@ -1,27 +1,18 @@
 """The from-scratch kernel as an operator that torch.compile and torch.export can trace.
 
-The operator takes names, numbers and tensors only. Its name carries this module's name, so that two copies of the code
-in one process (the installed package, and the code saved with a model) do not replace each other's.
+The operator takes names, numbers and tensors only.
 """
-
-import json
-import re
-from dataclasses import asdict
 
 import torch
 
 from .kernels_eager import attend as attend_eager
 from .masks import allowed
-from .packing import Tokens
-from .patterns import PATTERNS
 from .scores import Scoring
 from .tile_math import Problem, backward, forward
-from .tiles import TileMask
-
-_NAMESPACE = re.sub(r"\W", "_", __name__)
+from .tiles import OPERATORS, TileMask, fields_given, name_of, tokens_from
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::tiled_attention", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::tiled_attention", mutates_args=())
 def tiled_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -36,10 +27,34 @@ def tiled_attention(
     key_tokens: list[torch.Tensor],
     user_mask: torch.Tensor | None,
     seed: torch.Tensor,
-    setting: str,
+    fields: list[bool],
+    pattern: str,
+    pattern_numbers: str,
+    score: str,
+    score_numbers: list[float],
+    bias: str,
+    bias_numbers: list[float],
+    block_size: int,
+    first_head: int,
+    softcap: float,
+    dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """heads (R, N, H, d_v) and the logarithms of the softmax denominators (R, H, N); see `tile_math.forward`."""
-    problem = _problem(score_tensors, bias_tensors, visited, whole, query_tokens, key_tokens, user_mask, seed, setting)
+    problem = Problem(
+        visited=visited,
+        whole=whole,
+        block_size=block_size,
+        pattern=(pattern, pattern_numbers),
+        query_tokens=tokens_from(query_tokens, fields),
+        key_tokens=tokens_from(key_tokens, fields),
+        first_head=first_head,
+        user_mask=user_mask,
+        score=(score, score_tensors, score_numbers),
+        bias=(bias, bias_tensors, bias_numbers),
+        softcap=softcap,
+        dropout=dropout,
+        seed=seed,
+    )
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         return forward(problem, query, key, value, bias_query, sink)
 
@@ -51,7 +66,7 @@ def _(query, key, value, *rest):
     return value.new_empty(rows, length, heads, value.shape[3]), query.new_empty(rows, heads, length, dtype=exact)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::tiled_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::tiled_attention_backward", mutates_args=())
 def tiled_attention_backward(
     heads: torch.Tensor,
     log_sum: torch.Tensor,
@@ -69,10 +84,34 @@ def tiled_attention_backward(
     key_tokens: list[torch.Tensor],
     user_mask: torch.Tensor | None,
     seed: torch.Tensor,
-    setting: str,
+    fields: list[bool],
+    pattern: str,
+    pattern_numbers: str,
+    score: str,
+    score_numbers: list[float],
+    bias: str,
+    bias_numbers: list[float],
+    block_size: int,
+    first_head: int,
+    softcap: float,
+    dropout: float,
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value, bias_query and sink where given, score_tensors and bias_tensors."""
-    problem = _problem(score_tensors, bias_tensors, visited, whole, query_tokens, key_tokens, user_mask, seed, setting)
+    problem = Problem(
+        visited=visited,
+        whole=whole,
+        block_size=block_size,
+        pattern=(pattern, pattern_numbers),
+        query_tokens=tokens_from(query_tokens, fields),
+        key_tokens=tokens_from(key_tokens, fields),
+        first_head=first_head,
+        user_mask=user_mask,
+        score=(score, score_tensors, score_numbers),
+        bias=(bias, bias_tensors, bias_numbers),
+        softcap=softcap,
+        dropout=dropout,
+        seed=seed,
+    )
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         *grads, of_tensors = backward(problem, query, key, value, bias_query, sink, heads, log_sum, grad)
     return [x.contiguous() for x in (*grads, *of_tensors) if x is not None]
@@ -85,7 +124,10 @@ def _(heads, log_sum, grad, query, key, value, bias_query, sink, score_tensors, 
 
 
 def _save(ctx, inputs, output):
-    ctx.lists = [len(x) if isinstance(x, list) else None for x in inputs]
+    # torch counts a list as one input for each of its tensors, and as one input if it holds numbers.
+    ctx.lists = [
+        len(x) if isinstance(x, list) and all(isinstance(y, torch.Tensor) for y in x) else None for x in inputs
+    ]
     ctx.constants = inputs[13:]
     flat = []
     for x in inputs[:13]:
@@ -124,16 +166,6 @@ def attend(
     bias = scoring.bias
     score_tensors, score_numbers = _tensors_first(scoring.parameters)
     bias_tensors, bias_numbers = _tensors_first(() if bias is None else bias.parameters)
-    setting = {
-        "pattern": (_name_of(mask.pattern), json.dumps(asdict(mask.pattern))),
-        "score": (scoring.name, score_numbers),
-        "bias": ("" if bias is None else bias.name, bias_numbers),
-        "fields": [x is not None for x in mask.query],
-        "block_size": mask.block_size,
-        "first_head": mask.heads.start,
-        "softcap": scoring.softcap or 0.0,
-        "dropout": dropout,
-    }
     seed = torch.randint(2**31, ()) if dropout else torch.zeros((), dtype=torch.int64)
     heads, _ = tiled_attention(
         query.to(value.dtype),
@@ -149,7 +181,17 @@ def attend(
         [x for x in mask.key if x is not None],
         mask.user_mask,
         seed.to(value.device),
-        json.dumps(setting),
+        fields_given(mask.query),
+        name_of(mask.pattern),
+        mask.pattern.numbers_as_text(),
+        scoring.name,
+        score_numbers,
+        "" if bias is None else bias.name,
+        bias_numbers,
+        mask.block_size,
+        mask.heads.start,
+        float(scoring.softcap or 0),
+        dropout,
     )
     return heads, None
 
@@ -159,29 +201,6 @@ def reasons(config, device_type: str | None, dtype: torch.dtype | None, training
     return []
 
 
-def _problem(
-    score_tensors, bias_tensors, visited, whole, query_tokens, key_tokens, user_mask, seed, setting: str
-) -> Problem:
-    setting = json.loads(setting)
-    fields, (score, score_numbers), (bias, bias_numbers) = (setting.pop(name) for name in ("fields", "score", "bias"))
-    query_fields, key_fields = iter(query_tokens), iter(key_tokens)
-    return Problem(
-        visited=visited,
-        whole=whole,
-        query_tokens=Tokens(*(next(query_fields) if given else None for given in fields)),
-        key_tokens=Tokens(*(next(key_fields) if given else None for given in fields)),
-        user_mask=user_mask,
-        score=(score, score_tensors, score_numbers),
-        bias=(bias, bias_tensors, bias_numbers),
-        seed=seed,
-        **setting,
-    )
-
-
 def _tensors_first(parameters: tuple) -> tuple[list[torch.Tensor], list[float]]:
     tensors = [x for x in parameters if isinstance(x, torch.Tensor)]
     return tensors, [float(x) for x in parameters[len(tensors) :]]
-
-
-def _name_of(pattern) -> str:
-    return next(name for name, cls in PATTERNS.items() if cls is type(pattern))

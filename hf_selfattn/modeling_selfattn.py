@@ -8,6 +8,7 @@ from .heads_text import (
     SelfAttnForSequenceClassification,
     SelfAttnForTokenClassification,
 )
+from .kernels_stock import stock_attention  # noqa: F401  registers the kernel for other people's models
 
 _AUTO_CLASSES = {
     SelfAttnModel: "AutoModel",

@@ -70,6 +70,10 @@ class Pattern:
         """Tokens in the blocks that suit it best."""
         return 64
 
+    def numbers_as_text(self) -> str:
+        """Its numbers as a Python literal, for operators, which take no objects."""
+        return "{" + ", ".join(f"{name!r}: {value!r}" for name, value in self.__dict__.items()) + "}"
+
     @classmethod
     def from_config(cls, config, layer: int) -> "Pattern":
         """The pattern of one layer, its numbers read from the config fields named in `options`; None: the default."""

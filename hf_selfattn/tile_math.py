@@ -5,7 +5,7 @@ computed together: their key blocks are gathered side by side, so that a tile is
 grows with the length of the text, not with its square.
 """
 
-import json
+import ast
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,9 +30,9 @@ class Problem(NamedTuple):
     """What is to be computed, beside query, key and value: names, numbers and tensors.
 
     Attributes:
-        visited, whole: bool (R, 1 or H, query blocks, key blocks), the blocks to look at, and those seen whole.
+        visited, whole: bool (R, 1 or H, query blocks + 1, key blocks + 1), as `tiles.visit_table` makes them.
         block_size: tokens in a block.
-        pattern: a row of PATTERNS, and its numbers as JSON.
+        pattern: a row of PATTERNS, and its numbers as text.
         query_tokens, key_tokens: Tokens (R, N) and (R, K).
         first_head: the number of the first head in the whole model.
         user_mask: bool (R, 1 or H, N, K) or None.
@@ -106,7 +106,7 @@ class Tiling:
     def __init__(self, problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         self.problem, size, self.heads = problem, problem.block_size, query.shape[2]
         name, numbers = problem.pattern
-        self.pattern = PATTERNS[name](**json.loads(numbers))
+        self.pattern = PATTERNS[name](**ast.literal_eval(numbers))
         self.score, self.bias = SCORES[problem.score[0]], BIASES.get(problem.bias[0])
         # The scale of a dot product is taken into the query: there are fewer numbers in it than scores.
         self.scale = problem.score[2][0] if self.score.is_dot_product else None
@@ -126,10 +126,14 @@ class Tiling:
 
     def units(self) -> Iterator[list["Tile"]]:
         """Groups of units, each as the steps of its running softmax (made when they are asked for)."""
-        per_head, size = self.problem.visited.shape[1] > 1, self.problem.block_size
-        visited = self.problem.visited.flatten(0, 2)
+        lists, size = self.problem.visited.shape[1], self.problem.block_size
+        per_head = lists > 1
+        visited, seen_whole = (
+            table[..., : self.query.count, : self.key.count].flatten(0, 2)
+            for table in (self.problem.visited, self.problem.whole)
+        )
         count = visited.sum(1)
-        seen_whole = (visited == self.problem.whole.flatten(0, 2)).all(1)
+        seen_whole = (visited == seen_whole).all(1)
         first = count.cumsum(0) - count
         key_block = visited.nonzero()[:, 1]
         own = torch.arange(self.heads, device=count.device)
@@ -141,11 +145,11 @@ class Tiling:
             heads = 1 if per_head else self.heads
             units = ((count == blocks) & (seen_whole == whole)).nonzero().squeeze(1)
             for chunk in units.split(max(1, self.budget // (heads * size * step * size))):
-                row = chunk // (self.problem.visited.shape[1] * self.query.count)
+                row = chunk // (lists * self.query.count)
                 block = chunk % self.query.count
                 head = ((chunk // self.query.count) % self.heads).unsqueeze(1) if per_head else own.unsqueeze(0)
-                lists = key_block[first[chunk].unsqueeze(1) + torch.arange(blocks, device=count.device)]
-                yield [self.tile(row, head, block, part, bool(whole)) for part in lists.split(step, dim=1)]
+                parts = key_block[first[chunk].unsqueeze(1) + torch.arange(blocks, device=count.device)]
+                yield [self.tile(row, head, block, part, bool(whole)) for part in parts.split(step, dim=1)]
 
     def tile(self, row, head, query_block: torch.Tensor, key_blocks: torch.Tensor, whole: bool) -> Tile:
         """The tile of units (n,) in `row` at `query_block`, heads (n or 1, h), and their key blocks (n, c)."""

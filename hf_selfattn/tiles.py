@@ -1,17 +1,24 @@
 """Which blocks of queries and keys a kernel of tiles has to look at."""
 
+import ast
+import re
 from typing import NamedTuple
 
 import torch
 
-from .packing import Packing, Tokens
+from .packing import Packing, Tokens, values_can_be_read
+from .patterns import PATTERNS
+
+OPERATORS = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+"""The namespace of this copy's operators: two copies of the code in one process (the installed package, and the code
+saved with a model) do not replace each other's."""
 
 
 class TileMask(NamedTuple):
     """Who sees whom, as the tiled kernel needs it.
 
     Attributes:
-        visited: bool (R, 1 or H, query blocks, key blocks), False where no token of the one sees any of the other.
+        visited: bool (R, 1 or H, query blocks + 1, key blocks + 1), False where no token of the one sees any of the other.
         whole: of the same shape, True where every token of the one sees every token of the other.
         block_size: tokens in a block; the last block may be shorter.
         pattern: what decides within a block.
@@ -34,12 +41,71 @@ def mask(
     pattern, query: Tokens, key: Tokens, packing: Packing, heads: range, user_mask: torch.Tensor | None
 ) -> TileMask:
     """Finds the blocks to visit from what each block holds, without looking at pairs of tokens."""
-    block_size = min(pattern.tile_size, max(query.position.shape[1], key.position.shape[1]))
-    visited, whole = look_at_blocks(pattern, query, key, heads, block_size)
+    block_size = pattern.tile_size
+    if values_can_be_read(query.position):
+        # A short text is one block; while a graph is traced, its length may stand for any.
+        block_size = min(block_size, max(query.position.shape[1], key.position.shape[1]))
+    visited, whole = visit_table(
+        [x for x in query if x is not None],
+        [x for x in key if x is not None],
+        user_mask,
+        fields_given(query),
+        name_of(pattern),
+        pattern.numbers_as_text(),
+        heads.start,
+        len(heads) if pattern.per_head else 1,
+        block_size,
+    )
+    return TileMask(visited, whole, block_size, pattern, query, key, heads, user_mask)
+
+
+@torch.library.custom_op(f"{OPERATORS}::visit_table", mutates_args=())
+def visit_table(
+    query_tokens: list[torch.Tensor],
+    key_tokens: list[torch.Tensor],
+    user_mask: torch.Tensor | None,
+    fields: list[bool],
+    pattern: str,
+    pattern_numbers: str,
+    first_head: int,
+    num_heads: int,
+    block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`TileMask.visited` and `TileMask.whole`, as an operator, so that a traced graph has no arithmetic on their sizes.
+
+    Each has one block more than there is, never visited: a graph traced with a dynamic length would hold only where the
+    number of blocks is not 1, were it ever 1.
+    """
+    pattern = PATTERNS[pattern](**ast.literal_eval(pattern_numbers))
+    query, key = tokens_from(query_tokens, fields), tokens_from(key_tokens, fields)
+    visited, whole = look_at_blocks(pattern, query, key, range(first_head, first_head + num_heads), block_size)
     if user_mask is not None:
         some, every = _in_blocks(user_mask, block_size)
         visited, whole = visited & some, whole & every
-    return TileMask(visited, whole, block_size, pattern, query, key, heads, user_mask)
+    return torch.nn.functional.pad(visited, (0, 1, 0, 1)), torch.nn.functional.pad(whole, (0, 1, 0, 1))
+
+
+@visit_table.register_fake
+def _(query_tokens, key_tokens, user_mask, fields, pattern, pattern_numbers, first_head, num_heads, block_size):
+    (rows, queries), keys = query_tokens[0].shape, key_tokens[0].shape[1]
+    sizes = (rows, num_heads, *((length + block_size - 1) // block_size + 1 for length in (queries, keys)))
+    return tuple(query_tokens[0].new_empty(sizes, dtype=torch.bool) for _ in range(2))
+
+
+def fields_given(tokens: Tokens) -> list[bool]:
+    """Which fields are not None, for operators, which take lists of tensors."""
+    return [x is not None for x in tokens]
+
+
+def tokens_from(given: list[torch.Tensor], fields: list[bool]) -> Tokens:
+    """Tokens from those of their fields that are not None."""
+    given = iter(given)
+    return Tokens(*(next(given) if field else None for field in fields))
+
+
+def name_of(pattern) -> str:
+    """The row of PATTERNS that a pattern is of."""
+    return next(name for name, cls in PATTERNS.items() if cls is type(pattern))
 
 
 def look_at_blocks(
@@ -61,8 +127,7 @@ def look_at_blocks(
     visited = meet & (seen | mixed)
     filled = _filled(query, block_size)[:, None, :, None] & _filled(key, block_size)[:, None, None, :]
     whole = visited & whole & filled & ~mixed
-    heads_apart = slice(None) if pattern.per_head else slice(1)
-    return visited[:, heads_apart].contiguous(), whole[:, heads_apart].contiguous()
+    return visited, whole
 
 
 def _filled(tokens: Tokens, block_size: int) -> torch.Tensor:
@@ -95,8 +160,9 @@ def block_bounds(tokens: Tokens, block_size: int) -> tuple[Tokens, Tokens]:
 
 def pad_to_blocks(x: torch.Tensor, block_size: int, fill) -> torch.Tensor:
     """(R, N) to (R, blocks, block_size), the last block filled up with `fill`."""
-    missing = -x.shape[1] % block_size
-    return torch.nn.functional.pad(x, (0, missing), value=fill).unflatten(1, (-1, block_size))
+    rows, length = x.shape
+    blocks = (length + block_size - 1) // block_size
+    return torch.nn.functional.pad(x, (0, blocks * block_size - length), value=fill).view(rows, blocks, block_size)
 
 
 def _in_blocks(user_mask: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
