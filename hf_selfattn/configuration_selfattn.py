@@ -1,13 +1,13 @@
 """SelfAttnConfig: every option of the encoder, its unit and its check."""
 
-import difflib
-from dataclasses import fields
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .option_names import refuse_misspelt
 from .patterns import PATTERNS, layer_patterns
 from .positions import POSITIONS
 from .scores import SCORES
@@ -43,7 +43,7 @@ class SelfAttnConfig(PreTrainedConfig):
             that rounded up to a multiple of 64, for the same number of parameters.
         embedding_size: width of the token vectors, projected to hidden_size where it differs; None: hidden_size.
         type_vocab_size: the number of token types (sentence A, sentence B); 0: none.
-        max_position_embeddings: tokens in the longest text; None: any length.
+        max_position_embeddings: the number of learned positions; for others, what texts are cut to. None: any length.
 
     Attention:
         score_function: a row of SCORES.
@@ -172,22 +172,22 @@ class SelfAttnConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self._refuse_misspelt(kwargs)
+        refuse_misspelt(type(self), kwargs)
         # The code travels with every saved model, so the map always names the files beside it.
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs):
         """transformers would fill `rope_parameters` up with defaults; ours stay what the user wrote."""
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if kwargs.get(name) is not None:
-                self.rope_parameters = {name: kwargs.pop(name), **(self.rope_parameters or {})}
-        if kwargs.get("rope_scaling") is not None:
-            self.rope_parameters = {**(self.rope_parameters or {}), **kwargs.pop("rope_scaling")}
+        said = {name: kwargs.pop(name, None) for name in ("rope_theta", "partial_rotary_factor")}
+        said = {name: value for name, value in said.items() if value is not None}
+        said |= kwargs.pop("rope_scaling", None) or {}
+        if said:
+            self.rope_parameters = {**said, **(self.rope_parameters or {})}
         return kwargs
 
     def validate_rope(self):
-        """transformers checks only what it knows of; `validate_positions` checks ours."""
+        """transformers checks only what it knows of; `_check_positions` checks ours."""
 
     @property
     def query_key_dim(self) -> int:
@@ -228,7 +228,18 @@ class SelfAttnConfig(PreTrainedConfig):
     def validate_output_attentions(self):
         """transformers allows weights from 'eager' alone; here every kernel gives them."""
 
-    def validate_sizes(self):
+    def validate_selfattn(self):
+        """All checks of combinations, those on which others rest first."""
+        self._check_sizes()
+        self._check_rates()
+        self._check_choices()
+        self._check_block()
+        self._check_options()
+        self._check_patterns()
+        self._check_positions()
+        self._check_memory()
+
+    def _check_sizes(self):
         for name in _SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -251,18 +262,18 @@ class SelfAttnConfig(PreTrainedConfig):
                 "Set vocab_size to the length of the tokenizer, or pad_token_id=None."
             )
 
-    def validate_rates(self):
+    def _check_rates(self):
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}.")
         for name in ("norm_eps", "initializer_range"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
         for name in ("logit_softcap", "temperature"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}. None leaves it out.")
 
-    def validate_choices(self):
+    def _check_choices(self):
         patterns = self.attention_pattern if isinstance(self.attention_pattern, list) else [self.attention_pattern]
         _check_choice("score_function", [self.score_function], SCORES)
         _check_choice("attention_pattern", patterns, PATTERNS)
@@ -270,7 +281,7 @@ class SelfAttnConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}.")
 
-    def validate_options(self):
+    def _check_options(self):
         """Options that only some choices use are refused where none of those is chosen."""
         chosen = {
             "score_function": (SCORES, {self.score_function}),
@@ -278,7 +289,7 @@ class SelfAttnConfig(PreTrainedConfig):
             "position_encoding": (POSITIONS, {self.position_encoding}),
         }
         for choice, (table, names) in chosen.items():
-            used = {option for name in names & set(table) for option in table[name].options}
+            used = {option for name in names for option in table[name].options}
             for option in {option for cls in table.values() for option in cls.options} - used:
                 if getattr(self, option) is not None:
                     able = [repr(name) for name, cls in table.items() if option in cls.options]
@@ -287,9 +298,7 @@ class SelfAttnConfig(PreTrainedConfig):
                         f"only {' and '.join(able)} use it. Set one of these, or {option}=None."
                     )
 
-    def validate_patterns(self):
-        if not self._chosen_patterns() <= set(PATTERNS):
-            return  # validate_choices says so
+    def _check_patterns(self):
         for name in ("attention_pattern", *{option for cls in PATTERNS.values() for option in cls.options}):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.num_hidden_layers:
@@ -299,14 +308,12 @@ class SelfAttnConfig(PreTrainedConfig):
                 )
         layer_patterns(self)
 
-    def validate_positions(self):
-        if self.position_encoding not in POSITIONS:
-            return  # validate_choices says so
+    def _check_positions(self):
         problem = POSITIONS[self.position_encoding].check(self)
         if problem is not None:
             raise ValueError(problem)
 
-    def validate_memory(self):
+    def _check_memory(self):
         if self.memory_length < 0:
             raise ValueError(f"memory_length must be 0 (no memory) or more, got {self.memory_length}.")
         if self.memory_length and not self.causal:
@@ -321,7 +328,7 @@ class SelfAttnConfig(PreTrainedConfig):
                 f"{self.position_encoding!r}. Use {' or '.join(able)}, or memory_length=0."
             )
 
-        for pattern in self._chosen_patterns() & set(PATTERNS):
+        for pattern in self._chosen_patterns():
             if self.memory_length and not PATTERNS[pattern].streams:
                 raise ValueError(
                     f"memory_length={self.memory_length} needs an attention_pattern that does not ask for the end of "
@@ -331,24 +338,33 @@ class SelfAttnConfig(PreTrainedConfig):
     def _chosen_patterns(self) -> set[str]:
         return {self.attention_pattern} if isinstance(self.attention_pattern, str) else set(self.attention_pattern)
 
-    def validate_pooling(self):
+    def _check_block(self):
         if self.causal and self.pooling == "first":
             raise ValueError(
                 "pooling 'first' with causal=True reads a token that sees nothing but itself. "
                 "Use pooling='mean' or 'max'."
             )
+        if self.norm_bias and self.norm_type == "rms_norm":
+            raise ValueError(
+                "norm_bias=True has no effect with norm_type 'rms_norm', which has no bias. Set norm_bias=False, or "
+                "norm_type='layer_norm'."
+            )
+        if not self.first_layer_norm and self.norm_position == "post":
+            raise ValueError(
+                "first_layer_norm=False has no effect with norm_position 'post', where no norm stands before the "
+                "first layer. Set first_layer_norm=True, or norm_position='pre'."
+            )
+        if self.problem_type not in (None, *_PROBLEM_TYPES):
+            raise ValueError(
+                f"problem_type must be None or one of {', '.join(map(repr, _PROBLEM_TYPES))}, "
+                f"got {self.problem_type!r}."
+            )
 
-    def _refuse_misspelt(self, options: dict) -> None:
-        own = [field.name for field in fields(self) if field.name not in _OF_THE_LIBRARY]
-        for name in options:
-            if name in _OF_THE_LIBRARY or name.startswith("_") or name.endswith("_token_id"):
-                continue
-            nearest = difflib.get_close_matches(name, own, n=3, cutoff=0.59)
-            if nearest:
-                raise TypeError(
-                    f"{type(self).__name__} has no option {name!r}, got {name}={options[name]!r}. "
-                    f"Did you mean {' or '.join(map(repr, nearest))}?"
-                )
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; misspelt overrides (as `from_pretrained` passes them on) are refused."""
+        refuse_misspelt(cls, kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
 
 _SIZES = (
@@ -364,13 +380,7 @@ _SIZES = (
     "max_position_embeddings",
 )
 
-_OF_THE_LIBRARY = (
-    {field.name for field in fields(PreTrainedConfig)}
-    | set(GenerationConfig._get_default_generation_params())
-    | {"num_labels", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation"}
-    | {"output_attentions", "rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
-    | {"quantization_config", "auto_map", "model_type", "use_cache", "task_specific_params", "custom_pipelines"}
-)
+_PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def _check_choice(option: str, values: list[str], table: dict) -> None:

@@ -158,7 +158,7 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             training=self.training,
         )
         views = self.views(packing, key_tokens, user_mask, hidden_states.dtype)
-        outputs = self.encode(hidden_states, views, key_tokens, memory, **kwargs)
+        outputs = self.encode(hidden_states, views, key_tokens, memory, **{**kwargs, "return_dict": True})
 
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(packing.unpack(x) for x in outputs.hidden_states)
@@ -211,7 +211,17 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
                 f"{'neither' if input_ids is None else 'both'}. Pass exactly one of them."
             )
         if inputs_embeds is not None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.embedding_width:
+                raise ValueError(
+                    f"inputs_embeds must be of shape (B, N, {self.config.embedding_width}), got "
+                    f"{tuple(inputs_embeds.shape)}. Its width is embedding_size, or else hidden_size."
+                )
             return inputs_embeds
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids must be integers of shape (B, N), got {input_ids.dtype} of shape "
+                f"{tuple(input_ids.shape)}. A single text is a batch of one: input_ids[None]."
+            )
         # Reading values from another device would wait for it.
         if input_ids.device.type == "cpu" and input_ids.numel() and values_can_be_read(input_ids):
             low, high = (int(x) for x in input_ids.aminmax())
@@ -226,13 +236,15 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
     def _check_token_types(self, token_type_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
         if token_type_ids is None:
             return None
-        types = self.config.type_vocab_size
-        readable = token_type_ids.device.type == "cpu" and values_can_be_read(token_type_ids)
-        if tuple(token_type_ids.shape) != tuple(shape) or (readable and int(token_type_ids.max()) >= max(types, 1)):
+        types = max(self.config.type_vocab_size, 1)
+        wrong = tuple(token_type_ids.shape) != tuple(shape)
+        if token_type_ids.device.type == "cpu" and token_type_ids.numel() and values_can_be_read(token_type_ids):
+            wrong = wrong or int(token_type_ids.min()) < 0 or int(token_type_ids.max()) >= types
+        if wrong:
             raise ValueError(
-                f"token_type_ids must be of shape {tuple(shape)} and below type_vocab_size={types} (all 0 where that "
-                f"is 0), got shape {tuple(token_type_ids.shape)}. Leave them out, or make the model with "
-                "type_vocab_size=2."
+                f"token_type_ids must be of shape {tuple(shape)} and from 0 to {types - 1}, got shape "
+                f"{tuple(token_type_ids.shape)} with values up to "
+                f"{token_type_ids.max() if token_type_ids.numel() else 0}. Leave them out, or make the model with type_vocab_size={types + 1}."
             )
         return token_type_ids
 

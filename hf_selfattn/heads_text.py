@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .encoder import SelfAttnModel, SelfAttnPreTrainedModel
-from .losses import IGNORED, classification_loss, cross_entropy, span_loss
+from .losses import IGNORED, check_labels, classification_loss, cross_entropy, span_loss
 from .norms import make_norm
 from .packing import Packing, values_can_be_read
 
@@ -106,7 +106,7 @@ class SelfAttnForMaskedLM(SelfAttnPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = SelfAttnModel(config)
-        self.head = PredictionHead(config, config.embedding_width)
+        self.prediction_head = PredictionHead(config, config.embedding_width)
         self.lm_head = nn.Linear(config.embedding_width, config.vocab_size)
         self.post_init()
 
@@ -122,9 +122,10 @@ class SelfAttnForMaskedLM(SelfAttnPreTrainedModel):
             `loss` in nats and `logits` (B, N, V), 0 at padding.
         """
         outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
-        logits = self.lm_head(self.head(outputs.last_hidden_state))
+        logits = self.lm_head(self.prediction_head(outputs.last_hidden_state))
         loss = None
         if labels is not None:
+            check_labels(labels, packing.shape)
             loss = cross_entropy(logits, packing.pack(labels, fill=IGNORED), num_items_in_batch)
         return MaskedLMOutput(
             loss=loss,
@@ -197,6 +198,7 @@ class SelfAttnForTokenClassification(SelfAttnPreTrainedModel):
         logits = self.classifier(self.dropout(self.head(outputs.last_hidden_state)))
         loss = None
         if labels is not None:
+            check_labels(labels, packing.shape)
             loss = cross_entropy(logits, packing.pack(labels, fill=IGNORED), num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss,
@@ -252,7 +254,7 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
         self.model = SelfAttnModel(config)
         self.head = make_head(config, of_texts=True)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.choice_output = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
     @can_return_tuple
@@ -277,14 +279,19 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
         Returns:
             `loss` and `logits` (B, C).
         """
-        shape = (inputs_embeds if input_ids is None else input_ids).shape
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.dim() < 3:
+            raise ValueError(
+                "Multiple choice reads input_ids (B, C, N) or inputs_embeds (B, C, N, width), got "
+                f"{None if given is None else tuple(given.shape)}. Pass one of them, with a dimension for the choices."
+            )
         flat = (
             None if x is None else x.flatten(0, 1)
             for x in (input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
         )
         outputs, packing = self.model(*flat, return_packing=True, **_as_dict(kwargs))
         pooled = pool(outputs.last_hidden_state, packing, self.config.pooling)
-        logits = self.classifier(self.dropout(self.head(pooled))).view(shape[:2])
+        logits = self.choice_output(self.dropout(self.head(pooled))).view(given.shape[:2])
         return MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,

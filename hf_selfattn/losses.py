@@ -18,6 +18,15 @@ def _mean(total: torch.Tensor, count: torch.Tensor, num_items_in_batch) -> torch
     return total / items.clamp(min=1)
 
 
+def check_labels(labels: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless there is one label for each place of `shape`."""
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(
+            f"The model gives answers of shape {tuple(shape)} and needs a label for each, got labels of shape "
+            f"{tuple(labels.shape)}. Pad labels with -100 where there is nothing to predict."
+        )
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Mean cross-entropy in nats, computed in at least fp32.
 
@@ -25,7 +34,11 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch
         logits: (…, classes).
         labels: (…), class numbers, or -100 for none.
         num_items_in_batch: what to divide the sum by, or None.
+
+    Raises:
+        ValueError: if shapes do not fit.
     """
+    check_labels(labels, logits.shape[:-1])
     labels = labels.to(logits.device)
     logits, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     labelled = flat != IGNORED
@@ -54,6 +67,7 @@ def classification_loss(
     """
     labels = labels.to(logits.device)
     if problem_type == "single_label_classification":
+        labels = labels.squeeze(-1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         return cross_entropy(logits, labels, num_items_in_batch)
     if labels.numel() != logits.numel():
         raise ValueError(

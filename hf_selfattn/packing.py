@@ -46,6 +46,11 @@ class Packing(NamedTuple):
     one_document: bool
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N), the shape of the batch outside."""
+        return tuple(self.tokens.document.shape)
+
+    @property
     def real(self) -> torch.Tensor:
         """(R, N) bool: False at padding."""
         return self.tokens.document >= 0

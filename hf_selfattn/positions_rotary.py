@@ -1,5 +1,6 @@
 """Rotary positions."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,9 @@ class Rotary(NoPosition):
                     f"rope_parameters: rope_type must be one of {', '.join(map(repr, SUPPORTED))}, got "
                     f"{parameters['rope_type']!r}. ('dynamic' and 'longrope' depend on the longest text of a batch.)"
                 )
+            theta = parameters["rope_theta"]
+            if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+                return f"rope_parameters: rope_theta must be a number above 0, got {theta!r}. 10000.0 is usual."
             unknown = set(parameters) - _KEYS
             if unknown:
                 return f"rope_parameters knows {', '.join(sorted(_KEYS))}, got {sorted(unknown)}. Leave them out."

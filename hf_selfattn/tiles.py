@@ -18,7 +18,7 @@ class TileMask(NamedTuple):
     """Who sees whom, as the tiled kernel needs it.
 
     Attributes:
-        visited: bool (R, 1 or H, query blocks + 1, key blocks + 1), False where no token of the one sees any of the other.
+        visited: bool (R, 1 or H, query blocks + 1, key blocks + 1), False where no token sees any of the other block.
         whole: of the same shape, True where every token of the one sees every token of the other.
         block_size: tokens in a block; the last block may be shorter.
         pattern: what decides within a block.
@@ -71,10 +71,10 @@ def visit_table(
     num_heads: int,
     block_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`TileMask.visited` and `TileMask.whole`, as an operator, so that a traced graph has no arithmetic on their sizes.
+    """`TileMask.visited` and `.whole`, as an operator, so that a traced graph has no arithmetic on their sizes.
 
-    Each has one block more than there is, never visited: a graph traced with a dynamic length would hold only where the
-    number of blocks is not 1, were it ever 1.
+    Each has one block more than there is, never visited: a graph traced with a dynamic length would otherwise hold
+    only for texts of more than one block.
     """
     pattern = PATTERNS[pattern](**ast.literal_eval(pattern_numbers))
     query, key = tokens_from(query_tokens, fields), tokens_from(key_tokens, fields)

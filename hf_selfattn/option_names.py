@@ -1,0 +1,38 @@
+"""Misspelt options of a config: transformers would accept and store them."""
+
+import difflib
+from dataclasses import fields
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+OF_THE_LIBRARY = (
+    {field.name for field in fields(PreTrainedConfig)}
+    | set(GenerationConfig._get_default_generation_params())
+    | {"num_labels", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation"}
+    | {"output_attentions", "rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
+    | {"quantization_config", "auto_map", "model_type", "use_cache", "task_specific_params", "custom_pipelines"}
+    | {f"{name}_token_id" for name in ("cls", "sep", "mask", "unk", "decoder_start")}
+)
+"""What transformers itself, and what saves configs with it, puts into a config."""
+
+OFTEN_SET = ("num_labels", "id2label", "label2id", "problem_type", "output_hidden_states", "output_attentions")
+
+CALLED_ELSEWHERE = dict.fromkeys(("sliding_window", "local_attention", "attention_window"), "window_radius")
+
+
+def refuse_misspelt(cls: type[PreTrainedConfig], options: dict) -> None:
+    """Raises TypeError for an option that `cls` does not have and that looks like one that it has.
+
+    Names that look like nothing here are transformers' to keep or refuse.
+    """
+    own = [field.name for field in fields(cls) if field.name not in OF_THE_LIBRARY]
+    for name in options:
+        if name in OF_THE_LIBRARY or name in own or name.startswith("_"):
+            continue
+        nearest = difflib.get_close_matches(name, [*own, *OFTEN_SET], n=3, cutoff=0.59)
+        nearest = [CALLED_ELSEWHERE[name]] if name in CALLED_ELSEWHERE else nearest
+        if nearest:
+            raise TypeError(
+                f"{cls.__name__} has no option {name!r}, got {name}={options[name]!r}. "
+                f"Did you mean {' or '.join(map(repr, nearest))}?"
+            )
