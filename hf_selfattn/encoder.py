@@ -242,9 +242,10 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             wrong = wrong or int(token_type_ids.min()) < 0 or int(token_type_ids.max()) >= types
         if wrong:
             raise ValueError(
-                f"token_type_ids must be of shape {tuple(shape)} and from 0 to {types - 1}, got shape "
-                f"{tuple(token_type_ids.shape)} with values up to "
-                f"{token_type_ids.max() if token_type_ids.numel() else 0}. Leave them out, or make the model with type_vocab_size={types + 1}."
+                f"token_type_ids must be of shape {tuple(shape)}, from 0 and below "
+                f"type_vocab_size={self.config.type_vocab_size} (all 0 where that is 0), got shape "
+                f"{tuple(token_type_ids.shape)} or values out of that range. Leave them out, or make the model with "
+                f"type_vocab_size={types + 1}."
             )
         return token_type_ids
 

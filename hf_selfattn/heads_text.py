@@ -280,10 +280,10 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
             `loss` and `logits` (B, C).
         """
         given = inputs_embeds if input_ids is None else input_ids
-        if given is None or given.dim() < 3:
+        if given is not None and given.dim() < 3:
             raise ValueError(
                 "Multiple choice reads input_ids (B, C, N) or inputs_embeds (B, C, N, width), got "
-                f"{None if given is None else tuple(given.shape)}. Pass one of them, with a dimension for the choices."
+                f"{tuple(given.shape)}. Add a dimension for the choices."
             )
         flat = (
             None if x is None else x.flatten(0, 1)

@@ -1,0 +1,115 @@
+"""Whether a folder is a checkpoint, and a whole one: asked before any work, answered without reading the weights."""
+
+import json
+import zipfile
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TRAINER_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+def _broken(path, reason):
+    return ValueError(
+        f"{str(path)!r} is cut short or damaged: {reason}. Its saving was probably interrupted; use an earlier "
+        f"checkpoint, or copy the folder again."
+    )
+
+
+def _read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _broken(path, f"it is not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _broken(path, "it does not hold a JSON object")
+    return content
+
+
+def check_safetensors(path):
+    """Refuse a safetensors file shorter than its header says (8 bytes of header size, header, tensors)."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + header_size > size:
+            raise _broken(path, f"its {size} bytes end within the header")
+        try:
+            header = json.loads(file.read(header_size))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise _broken(path, "its header is unreadable") from error
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + header_size + max(ends, default=0)
+    if size != expected:
+        raise _broken(path, f"it has {size:,} bytes where its header asks for {expected:,}")
+
+
+def _check_weights(folder):
+    present = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not present:
+        others = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no weights (none of {', '.join(WEIGHTS)}; there is {others}). "
+            f"Pass a folder made by save_pretrained, or one of its checkpoint-* folders."
+        )
+    files = present
+    if present[0].suffix == ".json":
+        files = [folder / name for name in sorted(set(_read_json(present[0])["weight_map"].values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise _broken(folder, f"of its {len(files)} files of weights {', '.join(missing)} is not there")
+    for file in files:
+        if file.suffix == ".safetensors":
+            check_safetensors(file)
+        elif file.suffix == ".bin" and not zipfile.is_zipfile(file):
+            raise _broken(file, "it is not a whole torch file")
+
+
+def check_model_folder(folder):
+    """Refuse a folder that `from_pretrained` could not open, or only in part.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no config.json or no weights in it.
+        ValueError: a file in it is cut short.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{str(folder)!r} is not a folder. Pass a folder made by save_pretrained.")
+    if not (folder / "config.json").is_file():
+        inside = get_last_checkpoint(folder)
+        hint = f"Perhaps {inside!r} is meant." if inside else "Pass a folder made by save_pretrained."
+        raise FileNotFoundError(f"{str(folder)!r} is not a checkpoint: it has no config.json. {hint}")
+    _read_json(folder / "config.json")
+    _check_weights(folder)
+
+
+def check_resumable(folder):
+    """Refuse a folder from which training cannot go on exactly: beside the model it needs the Trainer's state."""
+    folder = Path(folder)
+    check_model_folder(folder)
+    missing = [name for name in TRAINER_STATE if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"Training cannot be resumed from {str(folder)!r}: {', '.join(missing)} is not there. Pass one of the "
+            f"checkpoint-* folders, or start a new training from it with --model_name_or_path."
+        )
+    _read_json(folder / "trainer_state.json")
+    for name in TRAINER_STATE[1:]:
+        if not zipfile.is_zipfile(folder / name):
+            raise _broken(folder / name, "it is not a whole torch file")
+
+
+def checkpoint_to_resume(value, output_dir):
+    """The folder that `--resume_from_checkpoint` means: a path, or for `last` (or `true`) the newest in output_dir."""
+    if value is None or str(value).lower() in ("false", "none", "no"):
+        return None
+    if str(value).lower() in ("last", "true", "yes"):
+        folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if folder is None:
+            raise FileNotFoundError(
+                f"There is no checkpoint-* folder in {str(output_dir)!r} to resume from. "
+                f"Leave --resume_from_checkpoint out to start anew, or pass the folder."
+            )
+        value = folder
+    check_resumable(value)
+    return str(value)

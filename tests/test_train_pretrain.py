@@ -1,0 +1,333 @@
+import contextlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from .train_scripts import (
+    ROOT,
+    TINY,
+    environment,
+    script,
+    sentences,
+    tiny_model_folder,
+    tiny_tokenizer_folder,
+    write_rows,
+    write_texts,
+)
+
+QUICK = [
+    "--config_overrides",
+    TINY,
+    "--max_steps",
+    "6",
+    "--save_steps",
+    "3",
+    "--logging_steps",
+    "2",
+    "--seed",
+    "1",
+    "--eval_strategy",
+    "steps",
+    "--eval_steps",
+    "3",
+    "--per_device_train_batch_size",
+    "16",
+    "--bf16",
+    "false",
+    "--use_cpu",
+    "--report_to",
+    "none",
+    "--learning_rate",
+    "1e-2",
+    "--disable_tqdm",
+    "true",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("corpus") / "corpus.txt", sentences(300))
+
+
+def pretrain(corpus, folder, *options):
+    return script("pretrain").main(["--train_file", corpus, "--output_dir", str(folder), *QUICK, *options])
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """(folder, metrics, what was printed) of a run that learns its own tokenizer."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    from io import StringIO
+
+    with contextlib.redirect_stdout(StringIO()) as printed:
+        scores = pretrain(corpus, folder, "--tokenizer_vocab_size", "400", "--max_steps", "60")
+    return folder, scores, printed.getvalue()
+
+
+def test_what_lies_beside_the_model(run):
+    folder = run[0]
+    results = json.loads((folder / "all_results.json").read_text())
+    for name in (
+        "eval_loss",
+        "eval_perplexity",
+        "eval_accuracy",
+        "eval_bits_per_byte",
+        "eval_unigram_accuracy",
+        "train_loss",
+        "train_tokens",
+    ):
+        assert isinstance(results[name], (int, float))
+    assert (folder / "training_curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    record = json.loads((folder / "run.json").read_text())
+    assert record["seed"] == 1
+    assert {"torch", "transformers", "python"} <= set(record["versions"])
+    assert "commit" in record
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card
+    assert "| bits_per_byte |" in card
+    assert "training_curve.png" in card
+    assert math.exp(results["eval_loss"]) == pytest.approx(results["eval_perplexity"])
+
+
+def test_it_learns_more_than_the_unigram_model(run):
+    _, scores, printed = run
+    assert scores["eval_loss"] < scores["eval_unigram_loss"]
+    assert scores["eval_accuracy"] > scores["eval_unigram_accuracy"]
+    assert "masked-token accuracy" in printed
+    assert "the model says" in printed
+
+
+def test_the_folder_opens(run):
+    folder, *_ = run
+    fill = pipeline("fill-mask", model=str(folder))
+    assert len(fill("the cat [MASK] music")) == 5
+    assert type(AutoModelForMaskedLM.from_pretrained(folder)).__name__ == "SelfAttnForMaskedLM"
+    assert len(AutoTokenizer.from_pretrained(folder)) <= 400
+
+
+def test_the_history_has_each_evaluation_on_the_same_tokens(run):
+    state = json.loads((run[0] / "trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert len(evaluations) == 20
+    assert len({entry["eval_masked_tokens"] for entry in evaluations}) == 1
+    assert len({entry["eval_unigram_loss"] for entry in evaluations}) == 1
+
+
+def test_evaluation_depends_neither_on_the_batch_size_nor_on_the_run(run, corpus, tmp_path):
+    scores = []
+    for size in ("1", "7"):
+        scores.append(
+            pretrain(
+                corpus,
+                tmp_path / size,
+                "--model_name_or_path",
+                str(run[0]),
+                "--config_overrides",
+                "",
+                "--do_train",
+                "false",
+                "--per_device_eval_batch_size",
+                size,
+            )
+        )
+    for name in ("eval_loss", "eval_accuracy", "eval_bits_per_byte", "eval_masked_tokens"):
+        assert scores[0][name] == pytest.approx(run[1][name], rel=1e-4)
+        assert scores[1][name] == pytest.approx(run[1][name], rel=1e-4)
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(corpus, tmp_path):
+    options = [
+        "--tokenizer_name",
+        tiny_tokenizer_folder(),
+        "--config_overrides",
+        TINY + ",hidden_dropout=0.1",
+        "--num_shown",
+        "0",
+    ]
+    pretrain(corpus, tmp_path / "whole", *options)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "stopped" / "checkpoint-3")
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        pretrain(corpus, tmp_path / "stopped", *options)
+    pretrain(corpus, tmp_path / "stopped", *options, "--resume_from_checkpoint", "last")
+    whole, resumed = (
+        AutoModelForMaskedLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_an_existing_encoder_of_transformers_trains_too(corpus, tmp_path):
+    overrides = TINY + ",model_type=bert,max_position_embeddings=48"
+    scores = pretrain(corpus, tmp_path, "--tokenizer_name", tiny_tokenizer_folder(), "--config_overrides", overrides)
+    assert scores["eval_loss"] < 10
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)).__name__ == "BertForMaskedLM"
+
+
+class TestBadInput:
+    @pytest.fixture(autouse=True)
+    def setup(self, corpus, tmp_path):
+        self.corpus, self.folder = corpus, tmp_path / "out"
+
+    def refused(self, error, message, *options):
+        with pytest.raises(error, match=message):
+            pretrain(self.corpus, self.folder, *options)
+        assert not list(self.folder.glob("checkpoint-*"))
+
+    def test_an_empty_data_set(self, tmp_path):
+        blank = write_texts(tmp_path / "blank.txt", ["", "  "])
+        self.refused(ValueError, "The data set is empty", "--train_file", blank)
+
+    def test_a_missing_column(self, tmp_path):
+        rows = write_rows(tmp_path / "rows.jsonl", [{"sentence": "a", "label": 1}] * 9)
+        message = "there is no column 'sentense'. Columns there: sentence, label. Did you mean 'sentence'"
+        self.refused(ValueError, message, "--train_file", rows, "--text_column", "sentense")
+
+    def test_texts_that_are_too_long(self, tmp_path):
+        long = write_texts(tmp_path / "long.txt", ["short"] * 9 + [" ".join(sentences(9))])
+        options = ["--train_file", long, "--tokenizer_name", tiny_tokenizer_folder()]
+        self.refused(
+            ValueError,
+            "more than the 30 that a row holds, and --long_texts is refuse",
+            *options,
+            "--validation_file",
+            self.corpus,
+            "--max_seq_length",
+            "32",
+            "--long_texts",
+            "refuse",
+        )
+        positions = ["--config_overrides", TINY + ",max_position_embeddings=16"]
+        self.refused(
+            ValueError,
+            "--max_seq_length 32 is longer than the model's 16 positions",
+            *options,
+            *positions,
+            "--max_seq_length",
+            "32",
+        )
+
+    def test_a_tokenizer_that_does_not_fit(self):
+        options = ["--tokenizer_name", tiny_tokenizer_folder()]
+        self.refused(
+            ValueError,
+            "The tokenizer does not fit the model: it has ids up to",
+            *options,
+            "--config_overrides",
+            TINY + ",vocab_size=100",
+        )
+
+    def test_token_ids_outside_the_vocabulary(self, monkeypatch):
+        module = script("pretrain")
+        real = module.as_rows
+        monkeypatch.setattr(module, "as_rows", lambda *a, **k: real(*a, **k).map(lambda r: {"input_ids": [9999, 3]}))
+        self.refused(ValueError, "Token ids are from 0 to .* found 9999")
+
+    def test_an_unknown_key_of_a_recipe(self, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("learnig_rate: 1e-3\n")
+        with pytest.raises(
+            ValueError, match=r"'learnig_rate' is not an argument of this script. Did you mean 'learning_rate'"
+        ):
+            script("pretrain").main([str(recipe)])
+
+    def test_a_folder_that_is_no_checkpoint(self, tmp_path):
+        self.refused(
+            FileNotFoundError, "is not a checkpoint: it has no config.json", "--model_name_or_path", str(tmp_path)
+        )
+        self.refused(FileNotFoundError, "is not a checkpoint", "--resume_from_checkpoint", str(tmp_path))
+        self.refused(FileNotFoundError, "There is no checkpoint-", "--resume_from_checkpoint", "last")
+
+    def test_a_checkpoint_that_is_cut_short(self, tmp_path):
+        model = Path(shutil.copytree(tiny_model_folder(), tmp_path / "model"))
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        self.refused(
+            ValueError, "model.safetensors' is cut short", "--model_name_or_path", str(model), "--config_overrides", ""
+        )
+
+    def test_a_checkpoint_to_resume_that_is_cut_short(self, tmp_path):
+        pretrain(self.corpus, tmp_path / "run", "--tokenizer_name", tiny_tokenizer_folder(), "--num_shown", "0")
+        checkpoint = tmp_path / "run" / "checkpoint-6"
+        for name in ("optimizer.pt", "model.safetensors", "trainer_state.json"):
+            content = (checkpoint / name).read_bytes()
+            (checkpoint / name).write_bytes(content[: len(content) // 2])
+            self.refused(ValueError, f"{name}' is cut short", "--resume_from_checkpoint", str(checkpoint))
+            (checkpoint / name).write_bytes(content)
+        (checkpoint / "scheduler.pt").unlink()
+        self.refused(ValueError, "scheduler.pt is not there", "--resume_from_checkpoint", str(checkpoint))
+
+    def test_a_loss_that_is_no_number(self):
+        with pytest.raises(FloatingPointError, match=r"The loss is nan at step \d+ .* There is no checkpoint yet"):
+            pretrain(
+                self.corpus, self.folder, "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_steps", "500"
+            )
+
+
+def test_the_command(corpus, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    lines = {
+        "train_file": [corpus],
+        "tokenizer_name": tiny_tokenizer_folder(),
+        "config_overrides": f'"{TINY}"',
+        "max_steps": 4,
+        "learning_rate": "1e-3",
+        "bf16": "false",
+        "use_cpu": "true",
+        "output_dir": tmp_path / "out",
+    }
+    recipe.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    command = [sys.executable, "train/pretrain.py", str(recipe), "--max_steps", "2"]
+    output = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
+    assert "unigram" in output
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_two_processes(corpus, tmp_path):
+    """The first learns the tokenizer and writes; the evaluation is that of one process."""
+    folder = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "train/pretrain.py",
+        "--train_file",
+        corpus,
+        "--output_dir",
+        str(folder),
+        "--tokenizer_vocab_size",
+        "400",
+        *QUICK,
+    ]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("masked-token accuracy") == 1
+    scores = json.loads((folder / "all_results.json").read_text())
+    alone = pretrain(
+        corpus,
+        tmp_path / "alone",
+        "--model_name_or_path",
+        str(folder),
+        "--config_overrides",
+        "",
+        "--do_train",
+        "false",
+    )
+    for name in ("eval_loss", "eval_accuracy", "eval_masked_tokens", "eval_unigram_loss"):
+        assert scores[name] == pytest.approx(alone[name], rel=1e-4)

@@ -1,0 +1,144 @@
+r"""Pretrain an encoder by masked language modelling.
+
+    python train/pretrain.py train/recipes/quickstart.yaml
+    python train/pretrain.py --dataset_name docstrings --config_overrides "num_hidden_layers=4,hidden_size=256" \
+        --max_steps 1000 --output_dir runs/mine
+    python train/pretrain.py --train_file corpus.txt --validation_file held_out.txt --tokenizer_name runs/tokenizer \
+        --config_file config.json --output_dir runs/mine
+    python train/pretrain.py recipe.yaml --resume_from_checkpoint last
+    accelerate launch --num_processes 8 train/pretrain.py recipe.yaml
+
+A recipe is a flat YAML file of the same options; the command line wins. Without --model_name_or_path a new model is
+made (SelfAttnConfig, or --config_file, changed by --config_overrides); without a tokenizer one is trained on the data.
+Each document, or window of a long one, is a row of its own. Evaluation uses the same masks every time.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForMaskedLM, set_seed
+
+import hf_selfattn  # noqa: F401  registers the model with the Auto classes
+from hf_selfattn.tools.card import write_card
+from hf_selfattn.tools.checkpoints import checkpoint_to_resume
+from hf_selfattn.tools.collators import MaskingCollator
+from hf_selfattn.tools.curve import draw_training_curve
+from hf_selfattn.tools.masked_lm import MaskedTokenMetrics, show_predictions
+from hf_selfattn.tools.opening import ModelArguments, check_source_of_model, open_config, open_model, prepare_tokenizer
+from hf_selfattn.tools.recipes import parse_arguments
+from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
+from hf_selfattn.tools.tokenizer import save_tokenizer
+from hf_selfattn.tools.training import (
+    CheckedTrainer,
+    Rows,
+    ScriptArguments,
+    prepare_output_dir,
+    start_logging,
+    write_run_record,
+)
+from hf_selfattn.tools.windows import as_rows, check_choice, check_token_ids, token_counts, window_length
+
+
+@dataclass
+class PretrainingArguments:
+    """The texts and the masking."""
+
+    text_column: str | None = field(default=None, metadata={"help": "The column with the text; found where clear."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens in a row, special ones included; the model's positions, at most 512."}
+    )
+    long_texts: str = field(
+        default="split", metadata={"help": "What is done with longer texts: split (into windows), truncate or refuse."}
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in training."})
+    eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in evaluation."})
+    num_shown: int = field(default=4, metadata={"help": "Masked sentences shown after training."})
+
+
+def prepare_rows(splits, column, tokenizer, length, arguments, vocab_size):
+    """Each split as rows of token ids, with the length, checked against the vocabulary."""
+    rows = {}
+    for split, documents in splits.items():
+        desc = f"Tokenising {split}"
+        rows[split] = as_rows(documents, column, tokenizer, length, arguments.long_texts, desc)
+        check_token_ids(rows[split], vocab_size)
+    return rows
+
+
+def main(argv=None):
+    source, model_arguments, arguments, training = parse_arguments(
+        [SourceArguments, ModelArguments, PretrainingArguments, ScriptArguments], argv, __doc__
+    )
+    start_logging(training)
+    check_choice(arguments.long_texts)
+    check_source_of_model(model_arguments)
+    resume_from = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
+    with training.main_process_first(desc="preparing the output folder"):
+        prepare_output_dir(training, resume_from)
+    set_seed(training.seed)
+
+    with training.main_process_first(desc="preparing the data"):
+        splits = load_source(source, training.seed)
+        column = find_text_column(splits["train"], arguments.text_column)
+        find_text_column(splits["validation"], column)
+        splits["train"] = take(splits["train"], source.max_train_samples, training.seed)
+        splits["validation"] = take(splits["validation"], source.max_eval_samples, training.seed)
+        tokenizer = prepare_tokenizer(model_arguments, training, iter(splits["train"][column]), resume_from)
+        config = open_config(model_arguments, tokenizer)
+        length = window_length(arguments.max_seq_length, tokenizer, config)
+        model = open_model(AutoModelForMaskedLM, model_arguments, config, tokenizer, masks=True)
+        rows = prepare_rows(splits, column, tokenizer, length, arguments, config.vocab_size)
+
+    masking = MaskingCollator(tokenizer, arguments.mlm_probability, training.seed)
+    metrics = MaskedTokenMetrics(tokenizer, token_counts(rows["train"], config.vocab_size))
+    trainer = CheckedTrainer(
+        model=model,
+        args=training,
+        train_dataset=Rows(rows["train"]),
+        eval_dataset=Rows(rows["validation"]),
+        processing_class=tokenizer,
+        data_collator=masking,
+        eval_collator=MaskingCollator(tokenizer, arguments.eval_mlm_probability, training.seed),
+        compute_metrics=metrics.compute,
+        preprocess_logits_for_metrics=metrics.sums_of_rows,
+    )
+    if training.do_train:
+        result = trainer.train(resume_from_checkpoint=resume_from)
+        tokens = int(trainer.train_dataset.lengths.sum())
+        trainer.save_metrics("train", {**result.metrics, "train_rows": len(rows["train"]), "train_tokens": tokens})
+        trainer.save_model()
+        trainer.save_state()
+    scores = trainer.evaluate()
+    trainer.save_metrics("eval", scores)
+    if trainer.is_world_process_zero():
+        report(trainer, training, source, model_arguments, scores, splits, column, arguments)
+    trainer.accelerator.wait_for_everyone()
+    return scores
+
+
+def report(trainer, training, source, model_arguments, scores, splits, column, arguments):
+    """Curve, card and record beside the model, and the numbers that matter on the screen."""
+    folder = Path(training.output_dir)
+    save_tokenizer(trainer.processing_class, folder)
+    baseline = {"eval_loss": scores["eval_unigram_loss"], "eval_accuracy": scores["eval_unigram_accuracy"]}
+    draw_training_curve(trainer.state.log_history, folder / "training_curve.png", baseline=baseline)
+    sizes = {split: len(rows) for split, rows in splits.items()}
+    data_name = source.dataset_name or ", ".join(source.train_file)
+    names = ("loss", "perplexity", "accuracy", "bits_per_byte", "masked_tokens", "unigram_loss", "unigram_accuracy")
+    metrics = {name: scores[f"eval_{name}"] for name in names}
+    write_run_record(training, {"name": data_name, "config": source.dataset_config_name, "rows": sizes})
+    write_card(folder, model=trainer.model, arguments=training, pipeline_tag="fill-mask", data_name=data_name,
+               metrics=metrics, data_sizes=sizes, base_model=model_arguments.model_name_or_path,
+               curve="training_curve.png")  # fmt: skip
+    print(f"\n{'on ' + format(metrics['masked_tokens'], ',') + ' masked tokens':28}{'model':>10}{'unigram':>10}")
+    print(f"{'loss (nats)':28}{metrics['loss']:10.3f}{metrics['unigram_loss']:10.3f}")
+    print(f"{'masked-token accuracy':28}{metrics['accuracy']:10.1%}{metrics['unigram_accuracy']:10.1%}")
+    print(f"{'perplexity':28}{metrics['perplexity']:10.1f}")
+    print(f"{'bits per byte':28}{metrics['bits_per_byte']:10.3f}\n")
+    if training.do_train and arguments.num_shown:
+        print("\n".join(show_predictions(folder, splits["validation"][column], arguments.num_shown)))
+        print(f"\nSaved in {folder}: pipeline('fill-mask', {str(folder)!r}) opens it.")
+
+
+if __name__ == "__main__":
+    main()
