@@ -66,7 +66,8 @@ def _may_attend(mask: torch.Tensor) -> torch.Tensor:
 
 def visible(pattern, head, query: Tokens, key: Tokens) -> torch.Tensor:
     """Same document, not padding, the direction and the pattern, for Tokens that broadcast against each other."""
-    seen = (query.document == key.document) & (query.document >= 0)
+    # Padding is document -1; a query there looks for a document that no key has.
+    seen = torch.where(query.document < 0, -2, query.document) == key.document
     if pattern.causal:
         seen = seen & (key.position <= query.position)
     return seen & pattern.sees(head, query, key)

@@ -79,7 +79,7 @@ class Blocks:
 
     def restore(self, data: torch.Tensor) -> torch.Tensor:
         """What stands in such blocks back to (R, N, G, d)."""
-        return data.view(self.rows, self.groups, -1, self.width)[:, :, : self.length].transpose(1, 2)
+        return data.view(self.rows, self.groups, -1, data.shape[-1])[:, :, : self.length].transpose(1, 2)
 
 
 class Tile(NamedTuple):
@@ -223,8 +223,8 @@ def forward(
     tiling = Tiling(problem, query, key, value)
     exact = torch.promote_types(query.dtype, torch.float32)
     second = None if bias_query is None else Blocks(bias_query, problem.block_size, query.shape[2])
-    out = Blocks(value.new_zeros(*query.shape[:3], value.shape[3]), problem.block_size, query.shape[2])
-    log_sum = torch.zeros(out.data.shape[:2], dtype=exact, device=query.device)
+    out = tiling.query.data.new_zeros(*tiling.query.data.shape[:2], value.shape[3], dtype=value.dtype)
+    log_sum = out.new_zeros(out.shape[:2], dtype=exact)
     for steps in tiling.units():
         best = total = mixed = None
         for tile in steps:
@@ -261,10 +261,10 @@ def forward(
         places = steps[0].query_places.flatten()
         some = total > 0
         heads = (mixed / total.where(some, 1)).where(some, 0)
-        out.data.index_copy_(0, places, heads.to(value.dtype).flatten(0, 1))
+        out.index_copy_(0, places, heads.to(value.dtype).flatten(0, 1))
         log_sum.index_copy_(0, places, (shift + total.where(some, 1).log()).squeeze(-1).flatten(0, 1))
-    log_sum = log_sum.view(*out.data.shape[:1], -1).view(query.shape[0], query.shape[2], -1)[..., : query.shape[1]]
-    return out.restore(out.data).contiguous(), log_sum.contiguous()
+    log_sum = log_sum.view(query.shape[0], query.shape[2], -1)[..., : query.shape[1]]
+    return tiling.query.restore(out).contiguous(), log_sum.contiguous()
 
 
 def backward(
