@@ -161,7 +161,7 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         outputs = self.encode(hidden_states, views, key_tokens, memory, **{**kwargs, "return_dict": True})
 
         if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(packing.unpack(x) for x in outputs.hidden_states)
+            outputs.hidden_states = tuple(None if x is None else packing.unpack(x) for x in outputs.hidden_states)
         if return_packing:
             return outputs, packing
         outputs.last_hidden_state = packing.unpack(outputs.last_hidden_state)
