@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory_cost.py
 
-A causal encoder with a window has read N tokens and reads S more. With memory it reads the S; without, all N + S again.
+A causal encoder with a window has read N tokens and reads S more. With memory it reads S tokens, without it N + S.
 Both give the same numbers for the S tokens (checked here). One thread, alternating, medians.
 """
 

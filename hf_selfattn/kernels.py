@@ -24,6 +24,7 @@ from .kernels_flex import mask as flex_mask
 from .kernels_flex import reasons as flex_reasons
 from .kernels_selfattn import attend as attend_selfattn
 from .kernels_selfattn import reasons as selfattn_reasons
+from .patterns import Pattern, layer_patterns
 from .tiles import mask as tile_mask
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,7 @@ KERNELS: dict[str, Kernel] = {
     "selfattn": Kernel(tile_mask, attend_selfattn, selfattn_reasons),
     "eager": Kernel(dense_mask, attend_eager, eager_reasons),
 }
-"""In the order in which they are tried where `attn_implementation` names none."""
+"""In the order in which `default_kernel` tries them where `attn_implementation` names none."""
 
 
 def unsupported_reasons(
@@ -72,9 +73,15 @@ def unsupported_reasons(
 
 
 def default_kernel(config, **known) -> str:
-    """The first kernel of KERNELS that can compute `config`; `known` as for `unsupported_reasons`."""
-    name = next(name for name in KERNELS if not unsupported_reasons(config, name, **known))
-    logger.info(f"attn_implementation: {name}, the first of {', '.join(KERNELS)} that can compute this configuration.")
+    """The first kernel of KERNELS that can compute `config`; `known` as for `unsupported_reasons`.
+
+    Where a pattern leaves blocks out, 'selfattn' comes first: its time and memory grow with what is seen.
+    """
+    order = list(KERNELS)
+    if any(type(pattern).may_see is not Pattern.may_see for pattern in layer_patterns(config)):
+        order.sort(key=lambda name: name != "selfattn")
+    name = next(name for name in order if not unsupported_reasons(config, name, **known))
+    logger.info(f"attn_implementation: {name}, the first of {', '.join(order)} that can compute this configuration.")
     return name
 
 
