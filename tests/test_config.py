@@ -34,11 +34,24 @@ RATES = ["attention_dropout", "hidden_dropout", "embedding_dropout", "classifier
 FLAGS = [
     "causal",
     "attention_bias",
+    "qk_norm",
+    "attention_sink",
     "norm_bias",
     "first_layer_norm",
     "embedding_norm",
     "mlp_bias",
     "tie_word_embeddings",
+]
+FLAGS_OR_NONE = ["learned_temperature", "global_projections"]
+NUMBERS_OR_NONE = ["logit_softcap", "temperature"]
+NUMBERS_OF_PATTERNS = [
+    "window_radius",
+    "dilation",
+    "num_global_tokens",
+    "block_size",
+    "block_radius",
+    "num_global_blocks",
+    "num_random_blocks",
 ]
 CHOICES = {
     "norm_position": ("pre", "post"),
@@ -51,14 +64,17 @@ CHOICES = {
 WRONG_TYPES = {
     **{key: ["16", 16.0, True, None, [16]] for key in COUNTS},
     **{key: ["16", 16.0, True, [16]] for key in COUNTS_OR_NONE},
-    "type_vocab_size": ["2", 2.0, True, None],
+    **{key: ["2", 2.0, True, None] for key in ["type_vocab_size", "memory_length"]},
+    **{key: ["2", 2.0, True, [2]] for key in ["random_blocks_seed", "relative_num_buckets", "relative_max_distance"]},
     **{key: ["0.1", True, None, [0.1]] for key in RATES},
     **{key: ["1e-5", True, None] for key in ["norm_eps", "initializer_range"]},
     **{key: [1, 0, "true", None] for key in FLAGS},
+    **{key: [1, 0, "true", [True]] for key in FLAGS_OR_NONE},
+    **{key: ["0.1", True, [0.1]] for key in NUMBERS_OR_NONE},
     **{key: ["last", "Pre", 1, None] for key in CHOICES},
     **{key: [1, None, ["rotary"]] for key in ["score_function", "position_encoding", "hidden_act"]},
     "attention_pattern": [1, None, ("full", "full"), ["full", 1], {"0": "full"}],
-    "window_radius": ["3", 3.0, True, [3, "3"], (3, 3)],
+    **{key: ["3", 3.0, True, [3, "3"], (3, 3)] for key in NUMBERS_OF_PATTERNS},
     "rope_parameters": ["default", 10_000.0, [10_000.0]],
     **{key: ["0", 0.0, True, [0]] for key in ["pad_token_id", "bos_token_id"]},
     "eos_token_id": ["0", 0.0, True, ["0"]],
@@ -125,11 +141,139 @@ ABOVE_0 = [
     ({name: value}, f"{name} must be above 0, got {value}")
     for name in ("norm_eps", "initializer_range")
     for value in (0.0, -1.0, float("nan"))
+] + [
+    ({"score_function": "cosine", name: value}, f"{name} must be above 0, got {value}. None leaves it out")
+    for name in NUMBERS_OR_NONE
+    for value in (0, -1.0, float("nan"), float("inf"))
+]
+
+# Options that only some choices use, with a value that those take.
+OF_SOME_CHOICES = {
+    "score_function": {"temperature": 0.5, "learned_temperature": False},
+    "attention_pattern": {
+        **dict.fromkeys(NUMBERS_OF_PATTERNS, 3),
+        "global_projections": True,
+        "random_blocks_seed": 3,
+    },
+    "position_encoding": {
+        "rope_parameters": {"rope_theta": 500.0},
+        "relative_num_buckets": 8,
+        "relative_max_distance": 20,
+    },
+}
+TABLES = {"score_function": SCORES, "attention_pattern": PATTERNS, "position_encoding": POSITIONS}
+WITHOUT_EFFECT = [
+    (
+        {"max_position_embeddings": 40, choice: name, option: value, **({"window_radius": 2} if needed else {})},
+        f"{re.escape(f'{option}={value}')} has no effect with {choice}={name!r}: only .* use it. "
+        f"Set one of these, or {option}=None",
+    )
+    for choice, options in OF_SOME_CHOICES.items()
+    for option, value in options.items()
+    for name, cls in TABLES[choice].items()
+    for needed in ["window_radius" in cls.options]
+    if option not in cls.options
+]
+WRONG_NUMBERS = [
+    (
+        {"attention_pattern": pattern, **({"window_radius": 2} if pattern != "bigbird" else {}), option: value},
+        rf"'{pattern}' needs {option} \(.*as an integer >= {least}, got {least - 1}\. Set {option}, or .*='full'",
+    )
+    for pattern, option, least in [
+        ("sliding_window", "window_radius", 1),
+        ("sliding_window", "dilation", 1),
+        ("longformer", "window_radius", 1),
+        ("longformer", "num_global_tokens", 0),
+        ("bigbird", "block_size", 1),
+        ("bigbird", "block_radius", 0),
+        ("bigbird", "num_global_blocks", 0),
+        ("bigbird", "num_random_blocks", 0),
+    ]
+    for value in (least - 1, [least, least - 1])
+] + [
+    (
+        {"attention_pattern": pattern, **({"window_radius": 2} if pattern != "bigbird" else {}), option: [3, 3, 3]},
+        f"{option} as a list has one entry per layer, got 3 entries for num_hidden_layers=2. Give one for each, or a",
+    )
+    for pattern in ("sliding_window", "longformer", "bigbird")
+    for option in PATTERNS[pattern].options
+    if option in NUMBERS_OF_PATTERNS
+]
+WRONG_BUCKETS = [
+    (
+        {"position_encoding": "t5", **options},
+        f"'t5' needs relative_num_buckets, a multiple of {multiple}, and relative_max_distance above the {exact} "
+        f"distances with a bucket of their own, got {got}. Use 32 and 128, say",
+    )
+    for options, multiple, exact, got in [
+        ({"relative_num_buckets": 30}, 4, 7, "30 and 128"),
+        ({"relative_num_buckets": 0}, 4, 0, "0 and 128"),
+        ({"relative_max_distance": 8}, 4, 8, "32 and 8"),
+        ({"relative_max_distance": 16, "causal": True}, 2, 16, "32 and 16"),
+        ({"relative_num_buckets": 7, "causal": True}, 2, 3, "7 and 128"),
+    ]
+]
+WRONG_MEMORY = [
+    ({"memory_length": -1}, "memory_length must be 0 .no memory. or more, got -1"),
+    ({"memory_length": 4}, "memory_length=4 needs causal=True.*Set causal=True, or memory_length=0"),
+    *(
+        (
+            {"memory_length": 4, "causal": True, "position_encoding": position, "max_position_embeddings": 40},
+            f"memory_length=4 needs a position_encoding by distance, got '{position}'. Use 'none' or 'rotary' or "
+            "'alibi' or 't5' or 'transformer_xl', or memory_length=0",
+        )
+        for position in ("learned", "sinusoidal")
+    ),
+    *(
+        (
+            {"memory_length": 4, "causal": True, "attention_pattern": pattern},
+            "memory_length=4 needs an attention_pattern that does not ask for the end of the document, got 'bigbird'. "
+            "Use another pattern, or memory_length=0",
+        )
+        for pattern in ("bigbird", ["full", "bigbird"])
+    ),
+]
+# Each of these would be read by nobody, or break where the frequencies are made.
+WRONG_ROPE = [
+    (
+        {"rope_parameters": rope, **options},
+        f"rope_parameters.*{message}",
+    )
+    for rope, message, options in [
+        ({"rope_type": "yarnn"}, "rope_type must be one of 'default', 'linear', 'llama3', 'yarn', got 'yarnn'", {}),
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type must be one of.*got 'dynamic'.*longest text", {}),
+        ({"rope_type": "longrope"}, "rope_type must be one of .*got 'longrope'.*longest text", {}),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0. 10000.0 is usual", {}),
+        ({"rope_theta": -1e4}, "rope_theta must be a number above 0, got -10000.0", {}),
+        ({"rope_theta": "many"}, "rope_theta must be a number above 0, got 'many'", {}),
+        ({"rope_theta": float("nan")}, "rope_theta must be a number above 0, got nan", {}),
+        ({"rope_theta": 1e4, "factr": 2.0}, r"knows .*factor.*got \['factr'\]. Leave them out", {}),
+        ({"rope_theta": 1e4, "factor": 2.0}, "factor.*default", {}),
+        ({"rope_theta": 1e4, "beta_fast": 2.0}, "beta_fast.*default", {}),
+        ({"rope_type": "linear"}, "linear.*factor", {}),
+        ({"rope_type": "linear", "factor": 0}, "factor.*got 0", {}),
+        ({"rope_type": "linear", "factor": "2"}, "factor.*got '2'", {}),
+        ({"rope_type": "llama3", "factor": 2.0}, "llama3.*low_freq_factor", {}),
+        ({"rope_type": "yarn", "factor": 2.0}, "yarn.*original_max_position_embeddings", {}),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor.*got 'half'", {}),
+        (
+            {"full": {"rope_theta": 5.0}},
+            "sliding_window",
+            {"attention_pattern": ["full", "sliding_window"], "window_radius": 3},
+        ),
+        ({"full": {"rope_theta": 5.0}, "rope_theta": 6.0}, "rope_theta", {}),
+        ({"full": {"rope_theta": 5.0}, "ful": {"rope_theta": 6.0}}, "ful", {}),
+    ]
 ]
 BAD = [
     *AT_LEAST_1,
     *FROM_0_TO_1,
     *ABOVE_0,
+    *WITHOUT_EFFECT,
+    *WRONG_NUMBERS,
+    *WRONG_BUCKETS,
+    *WRONG_MEMORY,
+    *WRONG_ROPE,
     ({"type_vocab_size": -1}, r"type_vocab_size must be 0 \(no token types\) or more, got -1"),
     ({"num_attention_heads": 3}, "hidden_size 16 is not a multiple of num_attention_heads 3.*set head_dim"),
     (
@@ -154,39 +298,36 @@ BAD = [
     ),
     ({"attention_pattern": []}, "attention_pattern as a list has one entry per layer, got 0 entries.*Give one for"),
     (
-        {"attention_pattern": "sliding_window", "window_radius": [3, 3, 3]},
-        "window_radius as a list has one entry per layer, got 3 entries for num_hidden_layers=2. Give one for each",
+        {"attention_pattern": "sliding_window"},
+        "'sliding_window' needs window_radius.*say 64.*>= 1, got None. Set window_radius, or attention_pattern='full'",
     ),
     (
-        {"attention_pattern": "sliding_window"},
-        "'sliding_window' needs window_radius.*>= 1, got None. Set window_radius=64.*or attention_pattern='full'",
+        {"attention_pattern": "longformer"},
+        "'longformer' needs window_radius.*say 64.*>= 1, got None. Set window_radius, or attention_pattern='full'",
     ),
-    ({"attention_pattern": "sliding_window", "window_radius": 0}, "needs window_radius.*>= 1, got 0. Set"),
-    ({"attention_pattern": "sliding_window", "window_radius": [2, -1]}, "needs window_radius.*>= 1, got -1. Set"),
     (
         {"attention_pattern": ["full", "sliding_window"], "window_radius": [3, None]},
         "needs window_radius.*>= 1, got None. Set",
     ),
     (
-        {"window_radius": 3},
-        r"window_radius=3 has no effect.*\('sliding_window'\), got 'full'. Set that pattern, or window_radius=None",
+        {"head_dim": 5},
+        r"'rotary' turns pairs and needs an even head_dim \* partial_rotary_factor, got 5.*Change head_dim",
     ),
-    ({"head_dim": 5}, "'rotary' turns pairs and needs an even head_dim, got 5"),
-    (
-        {"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}},
-        "rope_parameters knows 'rope_theta' and 'rope_type': 'default', got .*'factor': 2.0.*Leave the other",
-    ),
-    ({"rope_parameters": {"rope_type": "yarnn"}}, "rope_parameters knows .* got .*'yarnn'.*Leave the other"),
-    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta.*got"),
-    ({"rope_parameters": {"rope_theta": -1e4}}, "rope_theta.*got"),
-    ({"rope_parameters": {"rope_theta": "many"}}, "rope_theta.*got"),
-    (
-        {"position_encoding": "none", "rope_parameters": {"rope_theta": 1e4}},
-        "rope_parameters=.*no effect with position_encoding 'none'. Set position_encoding='rotary', or rope_param",
+    *(
+        ({"rope_parameters": {"partial_rotary_factor": factor}}, f"'rotary' turns pairs.*got {width}. Change head_dim")
+        for factor, width in [(0.3, 2.4), (0, 0), (2.0, 16.0), (0.125, 1.0)]
     ),
     (
         {"position_encoding": "learned"},
         "'learned' needs max_position_embeddings.*got None. Set max_position_embeddings=512",
+    ),
+    (
+        {"norm_bias": True, "norm_type": "rms_norm"},
+        "norm_bias=True has no effect with norm_type 'rms_norm'.*Set norm_bias=False, or norm_type='layer_norm'",
+    ),
+    (
+        {"first_layer_norm": False, "norm_position": "post"},
+        "first_layer_norm=False has no effect with norm_position 'post'.*=True, or norm_position='pre'",
     ),
     ({"causal": True, "pooling": "first"}, "pooling 'first' with causal=True.*Use pooling='mean' or 'max'"),
     ({"problem_type": "regresion"}, "problem_type.*regression.*got '?regresion"),
@@ -243,6 +384,42 @@ GOOD = [
     {"num_attention_heads": 4, "num_key_value_heads": 1},
     {"causal": True, "pooling": "max"},
     {"rope_parameters": {"rope_theta": 500.0}},
+    {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 32},
+    {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    {
+        "attention_pattern": ["full", "sliding_window"],
+        "window_radius": 3,
+        "rope_parameters": {"full": {"rope_theta": 500.0}, "sliding_window": {"rope_theta": 50.0}},
+    },
+    {"score_function": "cosine", "temperature": 1},
+    {"score_function": "cosine", "learned_temperature": False},
+    {"score_function": "additive", "qk_norm": True, "logit_softcap": 5, "attention_sink": True},
+    {"attention_pattern": "sliding_window", "window_radius": 3, "dilation": [1, 2]},
+    {"attention_pattern": "longformer", "window_radius": 3, "num_global_tokens": 0},
+    {"attention_pattern": "longformer", "window_radius": [1, 3], "global_projections": True},
+    {"attention_pattern": "bigbird"},
+    {"attention_pattern": "bigbird", "block_radius": 0, "num_global_blocks": 0, "num_random_blocks": 0},
+    {"attention_pattern": "bigbird", "block_size": [1, 200], "random_blocks_seed": -3},
+    {"attention_pattern": ["longformer", "bigbird"], "window_radius": [3, None], "num_random_blocks": [None, 1]},
+    {"position_encoding": "sinusoidal", "hidden_size": 15, "num_attention_heads": 3},
+    {"position_encoding": "alibi", "score_function": "cosine"},
+    {"position_encoding": "t5", "relative_num_buckets": 4, "relative_max_distance": 2},
+    {"position_encoding": "t5", "relative_num_buckets": 6, "causal": True},
+    {"position_encoding": "transformer_xl", "score_function": "additive"},
+    {"memory_length": 4, "causal": True},
+    {"memory_length": 4, "causal": True, "attention_pattern": "longformer", "window_radius": 3},
+    *({"memory_length": 4, "causal": True, "position_encoding": p} for p in ("none", "alibi", "t5", "transformer_xl")),
     {"position_encoding": "learned", "max_position_embeddings": 7},
     {"eos_token_id": [1, 2], "pad_token_id": 0},
     {"hidden_act": "relu", "mlp_type": "plain"},
@@ -372,7 +549,7 @@ def test_an_old_file_without_rope_scaling_says_so_with_null(position, folder, tm
 EVERY_OPTION = {
     "vocab_size": 31,
     "hidden_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -381,18 +558,31 @@ EVERY_OPTION = {
     "embedding_size": 12,
     "type_vocab_size": 2,
     "max_position_embeddings": 40,
-    "score_function": "scaled_dot_product",
-    "attention_pattern": ["full", "sliding_window"],
+    "score_function": "cosine",
+    "temperature": 0.25,
+    "learned_temperature": False,
+    "attention_pattern": ["sliding_window", "longformer", "bigbird"],
     "causal": True,
-    "window_radius": [None, 3],
+    "qk_norm": True,
+    "logit_softcap": 30,
+    "attention_sink": True,
+    "window_radius": [2, 3, None],
+    "dilation": [2, None, None],
+    "num_global_tokens": 2,
+    "global_projections": True,
+    "block_size": 8,
+    "block_radius": 0,
+    "num_global_blocks": [None, None, 3],
+    "num_random_blocks": 1,
+    "random_blocks_seed": 7,
     "position_encoding": "rotary",
     "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
     "attention_bias": True,
     "norm_position": "post",
     "norm_type": "rms_norm",
     "norm_eps": 1e-6,
-    "norm_bias": True,
-    "first_layer_norm": False,
+    "norm_bias": False,
+    "first_layer_norm": True,
     "embedding_norm": False,
     "mlp_type": "plain",
     "mlp_bias": True,
@@ -409,13 +599,30 @@ EVERY_OPTION = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
 }
+"""A value for every option but those of NOT_WITH_THOSE, most of them not the default."""
+
+NOT_WITH_THOSE = {
+    "attention_pattern": "sliding_window",
+    "window_radius": 3,
+    "causal": True,
+    "memory_length": 5,
+    "position_encoding": "t5",
+    "relative_num_buckets": 8,
+    "relative_max_distance": 20,
+    "norm_bias": True,
+    "first_layer_norm": False,
+}
 
 
 class TestRoundTrip:
     def test_the_table_above_names_every_option(self):
-        assert set(EVERY_OPTION) == set(OWN)
+        assert set(EVERY_OPTION) | set(NOT_WITH_THOSE) == set(OWN)
 
-    @pytest.mark.parametrize("options", [SMALL, EVERY_OPTION], ids=["defaults", "every-option"])
+    @pytest.mark.parametrize(
+        "options",
+        [SMALL, EVERY_OPTION, {**SMALL, **NOT_WITH_THOSE}],
+        ids=["defaults", "every-option", "the-others"],
+    )
     def test_json(self, options, tmp_path):
         config = SelfAttnConfig(**options, num_labels=3)
         config.save_pretrained(tmp_path)

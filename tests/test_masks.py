@@ -230,10 +230,10 @@ def picture(mask):
 
 
 @pytest.mark.parametrize("by", ["padding", "user_mask", "user_mask_per_head"])
-def test_query_that_sees_nothing_gives_exactly_0(by, pattern, causal, kernel, dtype, make_config):
+def test_query_that_sees_nothing_gives_exactly_0(by, pattern, kernel, dtype, make_config):
     """In outputs, in weights and in its gradient, with no NaN on the way back, beside a query with enormous scores."""
     torch.manual_seed(0)
-    config = make_config(pattern=pattern, causal=causal)
+    config = make_config(pattern=pattern)
     trains = not unsupported_reasons(config, kernel, device_type="cpu", dtype=dtype, training=True)
     heads = {"padding": 1, "user_mask": 1, "user_mask_per_head": H}[by]
     mask = torch.ones(2, heads, N, N, dtype=torch.bool)
@@ -268,9 +268,9 @@ def test_query_that_sees_nothing_gives_exactly_0(by, pattern, causal, kernel, dt
 
 
 @pytest.mark.parametrize("mask", ["padding", "pairs", "pairs_per_head"])
-def test_batch_without_one_real_token(mask, causal, pattern, kernel, dtype, make_config, make_model):
+def test_batch_without_one_real_token(mask, pattern, kernel, dtype, make_config, make_model):
     shape = {"padding": (B, N), "pairs": (B, N, N), "pairs_per_head": (B, H, N, N)}[mask]
-    config = make_config(pattern=pattern, causal=causal, position="rotary")
+    config = make_config(pattern=pattern, position="rotary")
     model = make_model(config, kernel, dtype)
     trains = not unsupported_reasons(config, kernel, device_type="cpu", dtype=dtype, training=True)
     with torch.set_grad_enabled(trains), torch.autograd.set_detect_anomaly(True):

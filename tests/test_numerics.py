@@ -45,16 +45,31 @@ MASKS = {"no_mask": None, "padding": draw_mask(), "pairs": USER_MASK[:, :1], "pa
 
 
 def can_train(config, kernel, dtype=torch.float64):
+    """Where a kernel cannot, test_reference_encoder.py holds it to its refusal."""
     return not unsupported_reasons(config, kernel, device_type="cpu", dtype=dtype, training=True)
+
+
+def can_run(config, kernel, dtype=torch.float64):
+    """As `can_train`, for values alone."""
+    return not unsupported_reasons(config, kernel, device_type="cpu", dtype=dtype, training=False)
 
 
 # Attention weights
 
 
+def test_weights_on_request(choice, kernel, make_config, make_model):
+    check_weights(make_config(*choice), kernel, "padding", make_model)
+
+
 @pytest.mark.parametrize("mask", MASKS)
-def test_weights_on_request(mask, score, pattern, causal, kernel, make_config, make_model):
+def test_weights_with_mask(mask, pattern, kernel, make_config, make_model):
+    check_weights(make_config(pattern=pattern, position="rotary"), kernel, mask, make_model)
+
+
+def check_weights(config, kernel, mask, make_model):
     """Rows sum to 1, or to 0 where a query sees nothing; they are eager's; asking for them changes no output."""
-    config = make_config(score, pattern, causal, "rotary")
+    if not can_run(config, kernel):
+        return
     model, eager = make_model(config, kernel), make_model(config, "eager")
     with torch.no_grad():
         without = model(draw_ids(), attention_mask=MASKS[mask])
@@ -73,9 +88,11 @@ def test_weights_on_request(mask, score, pattern, causal, kernel, make_config, m
         assert torch.equal(sees_something, MASKS["padding"].bool()[:, None].expand(B, H, N))
 
 
-def test_weights_reproduce_the_output(score, pattern, causal, kernel, make_config, make_model):
+def test_weights_reproduce_the_output(choice, kernel, make_config, make_model):
     """Output of each layer's attention = weights times values, through the output projection."""
-    config = make_config(score, pattern, causal, "rotary", attention_bias=True)
+    config = make_config(*choice, attention_bias=True)
+    if not can_run(config, kernel):
+        return
     model, inputs, outputs = make_model(config, kernel), [], []
     for layer in model.layers:
         layer.attention.v_proj.register_forward_hook(lambda module, args, output: inputs.append(output))
@@ -102,7 +119,7 @@ def test_weights_by_configuration(kernel, make_config, make_model):
 def test_gradients_beside_weights(kernel, make_config, make_model):
     config = make_config(position="rotary")
     if not can_train(config, kernel):
-        return  # refused: test_reference_encoder.py
+        return
     gradients = []
     for output_attentions in (False, True):
         model = make_model(config, kernel)
@@ -115,18 +132,18 @@ def test_gradients_beside_weights(kernel, make_config, make_model):
 # Equalities
 
 
-def test_training_without_dropout_equals_evaluation(pattern, position, kernel, make_config, make_model):
-    config = make_config(pattern=pattern, position=position)
+def test_training_without_dropout_equals_evaluation(choice, kernel, make_config, make_model):
+    config = make_config(*choice)
     if not can_train(config, kernel):
-        return  # refused: test_reference_encoder.py
+        return
     model = make_model(config, kernel)
     expected = model(draw_ids(), attention_mask=draw_mask()).last_hidden_state
     assert torch.equal(model.train()(draw_ids(), attention_mask=draw_mask()).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_batch_equals_single(mask, pattern, position, kernel, make_config, make_model):
-    model, mask = make_model(make_config(pattern=pattern, position=position), kernel), MASKS[mask]
+def test_batch_equals_single(mask, pattern, kernel, make_config, make_model):
+    model, mask = make_model(make_config(pattern=pattern, position="rotary"), kernel), MASKS[mask]
     with torch.no_grad():
         batch = model(draw_ids(), attention_mask=mask).last_hidden_state
         for row in range(B):
@@ -135,8 +152,8 @@ def test_batch_equals_single(mask, pattern, position, kernel, make_config, make_
             assert_close(batch[row : row + 1], single)
 
 
-def test_inputs_embeds_equal_input_ids(position, kernel, make_config, make_model):
-    model = make_model(make_config(position=position, embedding_size=9), kernel)
+def test_inputs_embeds_equal_input_ids(position, make_config, make_model):
+    model = make_model(make_config(position=position, embedding_size=9))
     with torch.no_grad():
         by_ids = model(draw_ids(), attention_mask=draw_mask())
         by_embeds = model(inputs_embeds=model.embed_tokens(draw_ids()), attention_mask=draw_mask())
@@ -218,20 +235,20 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(rate, kernel, make_conf
 def test_attention_dropout_keeps_the_mean(kernel, make_config, make_model):
     """Weights that stay are scaled up by 1 / (1 - rate), and none comes back from behind the mask."""
     if not can_train(make_config(attention_dropout=0.3), kernel):
-        return  # refused: test_dropout_is_on_in_training_and_off_in_evaluation
+        return
     torch.manual_seed(0)
     packing, query, value = read_batch(1, N, torch.device("cpu")), torch.randn(1, N, 1, 6), torch.eye(N)[None, :, None]
     window = SlidingWindow(window_radius=3)
     mask = KERNELS[kernel].mask(window, packing.tokens, packing.tokens, packing, range(1), None)
     scoring = Scoring("scaled_dot_product", (6**-0.5,))
     _, weights = KERNELS[kernel].attend(query, query, value, mask, scoring, need_weights=True)
-    draws = torch.stack([KERNELS[kernel].attend(query, query, value, mask, scoring, 0.3)[0] for _ in range(4000)])
+    draws = torch.stack([KERNELS[kernel].attend(query, query, value, mask, scoring, 0.3)[0] for _ in range(1000)])
     draws, weights = draws[:, 0, :, 0], weights[0, 0]
     kept = draws != 0
     assert (draws[:, weights == 0] == 0).all()
     assert_close(draws[kept], (weights / 0.7).expand_as(draws)[kept])
-    assert float(kept[:, weights > 0].double().mean()) == pytest.approx(0.7, abs=0.01)
-    assert (draws.mean(0) - weights).abs().max() < 0.03
+    assert float(kept[:, weights > 0].double().mean()) == pytest.approx(0.7, abs=0.02)
+    assert (draws.mean(0) - weights).abs().max() < 0.05
 
 
 # Precision
@@ -243,8 +260,24 @@ HALVES = {
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_half_precision_model_is_close_to_fp32(half, pattern, causal, position, kernel, make_config, make_model):
-    config = make_config(pattern=pattern, causal=causal, position=position)
+def test_half_precision_with_pattern(half, pattern, kernel, make_config, make_model):
+    check_half_precision(half, make_config(pattern=pattern, position="rotary"), kernel, make_model)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_precision_with_position(half, position, kernel, make_config, make_model):
+    check_half_precision(half, make_config(position=position, causal=True), kernel, make_model)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_precision_with_score(half, score, kernel, make_config, make_model):
+    check_half_precision(half, make_config(score), kernel, make_model)
+
+
+def check_half_precision(half, config, kernel, make_model):
+    """A model that was made half is close to the one in fp32, in values and in weights."""
+    if not can_run(config, kernel):
+        return
     exact, model = make_model(config, kernel, torch.float32), HALVES[half](make_model(config, kernel, torch.float32))
     with torch.no_grad():
         expected = exact(draw_ids(), attention_mask=draw_mask(), output_attentions=True)
@@ -279,6 +312,7 @@ def test_autocast(pattern, kernel, make_config, make_model):
 
 
 class NotADotProduct(ScaledDotProduct):
+    name = "not_a_dot_product"
     is_dot_product = False
 
 
@@ -328,7 +362,7 @@ def test_named_kernel_that_cannot_run_is_refused(kernel, not_a_dot_product, make
         return
     message = (
         f"attn_implementation '{kernel}' cannot compute this configuration: score_function 'not_a_dot_product' is not "
-        "a dot product. Use attn_implementation='eager'"
+        "a dot product. Use attn_implementation=.*'eager'"
     )
     with pytest.raises(ValueError, match=message):
         SelfAttnModel._from_config(config, attn_implementation=kernel)
@@ -344,7 +378,8 @@ def test_kernel_is_chosen_where_none_is_named(not_a_dot_product, make_config):
     for score, kernel in chosen.items():
         able = [name for name in KERNELS if not unsupported_reasons(make_config(score), name)]
         assert kernel == able[0]
-    assert chosen[not_a_dot_product] == "eager"
+    assert chosen["scaled_dot_product"] == "sdpa"
+    assert chosen[not_a_dot_product] not in ("sdpa", "flex_attention")
 
 
 def test_refusals_name_everything_that_is_wrong(not_a_dot_product, make_config):

@@ -105,9 +105,18 @@ def test_refused_documents(batch):
 # Documents do not see each other
 
 
-def test_packed_equals_each_document_alone(form, pattern, position, kernel, make_config, make_model, lay_out):
-    model = make_model(make_config(pattern=pattern, position=position), kernel)
-    documents, layout = draw_ids(LENGTHS), lay_out(form, LENGTHS)
+def test_packed_equals_each_document_alone(form, pattern, kernel, make_config, make_model, lay_out):
+    check_packed_equals_alone(
+        make_model(make_config(pattern=pattern, position="rotary"), kernel), lay_out(form, LENGTHS)
+    )
+
+
+def test_positions_packed_equal_each_document_alone(form, position, make_config, make_model, lay_out):
+    check_packed_equals_alone(make_model(make_config(position=position)), lay_out(form, LENGTHS))
+
+
+def check_packed_equals_alone(model, layout):
+    documents = draw_ids(LENGTHS)
     with torch.no_grad():
         together = model(layout.put(documents), **layout.inputs).last_hidden_state
         alone = [model(document[None]).last_hidden_state[0] for document in documents]

@@ -8,7 +8,7 @@ import torch
 from hf_selfattn import KERNELS, PATTERNS, Pattern, register_pattern, unsupported_reasons
 from hf_selfattn.masks import allowed, visible
 from hf_selfattn.packing import read_batch
-from hf_selfattn.patterns import Full, SlidingWindow, layer_patterns
+from hf_selfattn.patterns import BigBird, Full, Longformer, SlidingWindow, layer_patterns
 
 from . import reference
 from .tolerances import assert_close
@@ -56,6 +56,56 @@ PICTURES = {
         . . 1 1 1
         """,
     ),
+    "sliding_window-radius_1-dilation_2": (
+        SlidingWindow(window_radius=1, dilation=2),
+        """
+        1 . 1 . .
+        . 1 . 1 .
+        1 . 1 . 1
+        . 1 . 1 .
+        . . 1 . 1
+        """,
+    ),
+    "longformer-radius_1-one_global": (
+        Longformer(window_radius=1, num_global_tokens=1),
+        """
+        1 1 1 1 1
+        1 1 1 . .
+        1 1 1 1 .
+        1 . 1 1 1
+        1 . . 1 1
+        """,
+    ),
+    "longformer-causal": (
+        Longformer(window_radius=1, num_global_tokens=1, causal=True),
+        """
+        1 . . . .
+        1 1 . . .
+        1 1 1 . .
+        1 . 1 1 .
+        1 . . 1 1
+        """,
+    ),
+    "bigbird-blocks_of_1-both_ends": (
+        BigBird(block_size=1, block_radius=0, num_global_blocks=2, num_random_blocks=0),
+        """
+        1 1 1 1 1
+        1 1 . . 1
+        1 . 1 . 1
+        1 . . 1 1
+        1 1 1 1 1
+        """,
+    ),
+    "bigbird-blocks_of_2-window": (
+        BigBird(block_size=2, block_radius=1, num_global_blocks=0, num_random_blocks=0),
+        """
+        1 1 1 1 .
+        1 1 1 1 .
+        1 1 1 1 1
+        1 1 1 1 1
+        . . 1 1 1
+        """,
+    ),
 }
 
 
@@ -84,6 +134,38 @@ def test_pattern_equals_slow_loop(pattern, causal, make_config):
             for row in places
         ]
         assert torch.equal(seen, torch.tensor(expected))
+
+
+def test_random_blocks_are_spread_and_fixed():
+    """Each query block sees one random block in each head: all of them equally often, the same whenever asked."""
+    random_only = BigBird(block_size=1, block_radius=0, num_global_blocks=0, num_random_blocks=1, seed=3)
+    tokens = read_batch(1, 16, torch.device("cpu")).tokens
+    heads = range(400)
+    seen = allowed(random_only, tokens, tokens, heads)[0]
+    assert torch.equal(seen, allowed(random_only, tokens, tokens, heads)[0])
+    others = seen & ~torch.eye(16, dtype=torch.bool)
+    assert (others.sum(-1) <= 1).all()
+    share = others.double().sum((0, 1)) / others.sum()
+    assert ((share - 1 / 16).abs() < 0.01).all()
+    for other in ({"seed": 4}, {"layer": 1}):
+        changed = BigBird(**{**vars(random_only), **other})
+        assert not torch.equal(allowed(changed, tokens, tokens, heads)[0], seen)
+
+
+def test_global_tokens_of_the_user(kernel, make_config, make_model):
+    """global_attention_mask makes any token global, in its own document alone."""
+    config = make_config(pattern="longformer", position="rotary", num_global_tokens=0, window_radius=1)
+    model, ids = make_model(config, kernel), torch.arange(12)[None]
+    is_global = torch.zeros(1, 12, dtype=torch.long)
+    is_global[0, [2, 9]] = 1
+    documents = {"cu_seq_lens_q": torch.tensor([0, 7, 12])}
+    with torch.no_grad():
+        outputs = model(ids, global_attention_mask=is_global, **documents).last_hidden_state[0]
+    parameters = {name: x.detach() for name, x in model.named_parameters()}
+    for start, end in [(0, 7), (7, 12)]:
+        embeds, chosen = parameters["embed_tokens.weight"][start:end], is_global[0, start:end].bool().tolist()
+        expected = reference.encode(config, parameters, embeds, is_global=chosen)
+        assert_close(outputs[start:end], expected.hidden_states[-1])
 
 
 def test_pattern_reads_no_indices(pattern, causal, make_config):
@@ -129,9 +211,11 @@ def test_layers_of_one_pattern_share_a_mask(make_config, make_model, monkeypatch
     assert made == [Full(), SlidingWindow(window_radius=1), SlidingWindow(window_radius=3)]
 
 
-@pytest.mark.parametrize("radius", [None, 0, -1, 1.5, "3"], ids=str)
+@pytest.mark.parametrize("radius", [None, 0, -1, 1.5, "3", True], ids=str)
 def test_refused_radius(radius):
-    with pytest.raises(ValueError, match=f"window_radius.* as an integer >= 1, got {radius!r}. Set window_radius=64"):
+    with pytest.raises(
+        ValueError, match=f"needs window_radius .* as an integer >= 1, got {radius!r}. Set window_radius"
+    ):
         SlidingWindow(window_radius=radius)
 
 

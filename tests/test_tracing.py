@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from hf_selfattn import SelfAttnForMaskedLM, SelfAttnModel, unsupported_reasons
+from hf_selfattn import KERNELS, SelfAttnForMaskedLM, SelfAttnModel
 
 from .tolerances import assert_close
 
@@ -45,7 +45,15 @@ INPUTS = {
 
 
 @pytest.mark.parametrize(
-    ("kernel", "inputs"), [*(("sdpa", inputs) for inputs in INPUTS), ("eager", "ids_alone"), ("eager", "padding")]
+    ("kernel", "inputs"),
+    [
+        *(("sdpa", inputs) for inputs in INPUTS),
+        ("eager", "ids_alone"),
+        ("eager", "padding"),
+        ("selfattn", "ids_alone"),
+        ("selfattn", "padding"),
+        ("selfattn", "pairs_per_head"),
+    ],
 )
 def test_compiled_equals_eager(kernel, inputs, make_config, make_model):
     """In one graph, values and the gradients of all parameters."""
@@ -61,19 +69,23 @@ def test_compiled_equals_eager(kernel, inputs, make_config, make_model):
     assert_same_gradients(model, plain)
 
 
-def test_compiled_training_step_with_pattern(pattern, causal, make_config, make_model):
-    check_training_step(make_config(pattern=pattern, causal=causal, num_hidden_layers=1), make_model)
+def test_compiled_training_step_with_score(score, make_config, make_model):
+    check_training_step(make_config(score, num_hidden_layers=1), make_model)
+
+
+def test_compiled_training_step_with_pattern(pattern, make_config, make_model):
+    check_training_step(make_config(pattern=pattern, causal=True, num_hidden_layers=1), make_model, "selfattn")
 
 
 def test_compiled_training_step_with_position(position, make_config, make_model):
     check_training_step(make_config(position=position, num_hidden_layers=1), make_model)
 
 
-def check_training_step(config, make_model, backend="aot_eager", dtype=torch.float64):
-    """The masked language model's loss and all gradients, with the kernel that is taken where none is named."""
+def check_training_step(config, make_model, kernel=None, backend="aot_eager", dtype=torch.float64):
+    """The masked language model's loss and all gradients; without a kernel's name, with the one that is taken then."""
     inputs = draw_inputs(2, 13, labels=draw_inputs(2, 13, seed=1)["input_ids"])
     inputs["labels"][:, ::2] = -100
-    model, plain = (make_model(config, None, dtype, SelfAttnForMaskedLM).train() for _ in range(2))
+    model, plain = (make_model(config, kernel, dtype, SelfAttnForMaskedLM).train() for _ in range(2))
     outputs, expected = compiled(model, backend)(**inputs), plain(**inputs)
     assert_close(outputs.loss, expected.loss)
     assert_close(outputs.logits, expected.logits)
@@ -94,10 +106,10 @@ def test_compiled_flex(make_config, make_model):
 def test_compiled_by_inductor(make_config, make_model):
     """The backend that users get. It calls a C++ compiler, for a minute on a cold cache."""
     config = make_config(pattern="sliding_window", position="rotary", num_hidden_layers=1)
-    check_training_step(config, make_model, "inductor", torch.float32)
+    check_training_step(config, make_model, None, "inductor", torch.float32)
 
 
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "selfattn"])
 def test_other_lengths_do_not_recompile(kernel, make_config, make_model):
     """One graph for the first shape, one for all others."""
     model = make_model(make_config(pattern="sliding_window", position="rotary", num_hidden_layers=1), kernel)
@@ -143,10 +155,17 @@ def test_compiled_refuses_a_mask_that_it_cannot_check(given, make_config, make_m
     [
         (SelfAttnModel, "eager", False),
         (SelfAttnModel, "sdpa", False),
+        (SelfAttnModel, "selfattn", False),
         (SelfAttnForMaskedLM, None, False),
         (SelfAttnForMaskedLM, None, True),
     ],
-    ids=["base-eager-non_strict", "base-sdpa-non_strict", "masked_lm-default-non_strict", "masked_lm-default-strict"],
+    ids=[
+        "base-eager-non_strict",
+        "base-sdpa-non_strict",
+        "base-selfattn-non_strict",
+        "masked_lm-default-non_strict",
+        "masked_lm-default-strict",
+    ],
 )
 def test_exported_equals_eager(cls, kernel, strict, make_config, make_model):
     """With a batch and a length that stay free, and a mask of padding."""
@@ -181,7 +200,9 @@ def test_exported_without_mask(position, make_config, make_model):
 # Gradient checkpointing
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["use_reentrant_False", "use_reentrant_True"])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "flex_attention"])
 def test_gradient_checkpointing_changes_nothing(use_reentrant, position, kernel, make_config, make_model):
     """Same loss and gradients, dropout included: it draws the same numbers when a layer is computed again."""
     config = make_config(
@@ -194,12 +215,6 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant, position, kernel,
     inputs = draw_inputs(2, 13, labels=draw_inputs(2, 13, seed=1)["input_ids"])
     models = [make_model(config, kernel, cls=SelfAttnForMaskedLM).train() for _ in range(2)]
     models[1].gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    if unsupported_reasons(config, kernel, device_type="cpu", training=True):
-        for model in models:
-            with pytest.raises(ValueError, match="Use attn_implementation="):
-                model(**inputs)
-        return
-
     calls, losses = [0, 0], []
     for i, model in enumerate(models):
         model.model.layers[0].attention.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
@@ -211,6 +226,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant, position, kernel,
     assert_same_gradients(models[1], models[0])
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["use_reentrant_False", "use_reentrant_True"])
 def test_gradient_checkpointing_gives_hidden_states(use_reentrant, make_config, make_model):
     config = make_config(position="rotary")

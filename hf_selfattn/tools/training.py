@@ -39,6 +39,10 @@ class ScriptArguments(TrainingArguments):
         default=None,
         metadata={"help": "Mixed precision in bf16; without it: where the hardware multiplies bf16 (GPUs, AMX)."},
     )
+    include_num_input_tokens_seen: str = field(
+        default="no",
+        metadata={"help": "Count and log the tokens read.", "choices": ["no", "all", "non_padding"]},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether NaN losses are left out of the log."}
     )

@@ -1,0 +1,15 @@
+"""Tiles so small that a text of a few tokens has several of them, and each query several steps of running softmax."""
+
+from hf_selfattn import PATTERNS, tile_math
+from hf_selfattn.patterns import Pattern
+
+TILE = 5
+
+
+def use_small_tiles(monkeypatch, tile: int = TILE) -> None:
+    """Every pattern's tiles have `tile` tokens; two key blocks are one step, and few units are computed together."""
+    for cls in (Pattern, *PATTERNS.values()):
+        if "tile_size" in vars(cls):
+            monkeypatch.setattr(cls, "tile_size", property(lambda self: tile))
+    monkeypatch.setattr(tile_math, "KEYS_AT_ONCE", 2 * tile)
+    monkeypatch.setattr(tile_math, "SCORES_AT_ONCE", 1000)
