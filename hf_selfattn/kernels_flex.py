@@ -38,6 +38,8 @@ def mask(
         return seen & user_mask[row, head if user_mask.shape[1] > 1 else 0, query_index, key_index]
 
     rows, num_queries = query.document.shape
+    if not (query.document.numel() and key.document.numel()):
+        return FlexMask(None, pattern, query, key, heads, user_mask)
     by_head = pattern.per_head or (user_mask is not None and user_mask.shape[1] > 1)
     blocks = create_block_mask(
         may_see,
@@ -60,7 +62,7 @@ def attend(
     need_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `kernels_eager.attend`, by `flex_attention`; with `need_weights` it is `kernels_eager.attend`."""
-    if need_weights:
+    if need_weights or mask.blocks is None:
         dense = allowed(mask.pattern, mask.query, mask.key, mask.heads, mask.user_mask)
         return attend_eager(query, key, value, dense, scoring, dropout, need_weights)
     if dropout > 0:

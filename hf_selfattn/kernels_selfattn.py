@@ -160,7 +160,7 @@ def attend(
     need_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `kernels_eager.attend`, tile by tile; with `need_weights` it is `kernels_eager.attend`."""
-    if need_weights:
+    if need_weights or not (query.numel() and key.numel()):
         dense = allowed(mask.pattern, mask.query, mask.key, mask.heads, mask.user_mask)
         return attend_eager(query, key, value, dense, scoring, dropout, need_weights)
     bias = scoring.bias

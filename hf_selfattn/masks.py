@@ -25,6 +25,8 @@ def read_mask(
     """
     if attention_mask is None:
         return None, None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}. {ACCEPTED}")
     shape = tuple(attention_mask.shape)
     padding, pairs = (batch_size, length), (length, length)
     if shape not in [padding, (batch_size, *pairs), (batch_size, 1, *pairs), (batch_size, num_heads, *pairs)]:
@@ -43,6 +45,8 @@ def _may_attend(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return mask
     readable = values_can_be_read(mask)
+    if mask.is_complex():
+        raise ValueError(f"attention_mask of type {mask.dtype} does not say what is meant. {ACCEPTED}")
     if mask.is_floating_point():
         hidden = mask <= -1e4
         if not readable:

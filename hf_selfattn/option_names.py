@@ -26,7 +26,7 @@ def refuse_misspelt(cls: type[PreTrainedConfig], options: dict) -> None:
 
     Names that look like nothing here are transformers' to keep or refuse.
     """
-    own = [field.name for field in fields(cls) if field.name not in OF_THE_LIBRARY]
+    own = [field.name for field in fields(cls) if field.name not in {x.name for x in fields(PreTrainedConfig)}]
     for name in options:
         if name in OF_THE_LIBRARY or name in own or name.startswith("_"):
             continue

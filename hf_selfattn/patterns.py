@@ -356,8 +356,11 @@ def of_layer(value, layer: int):
 
 
 def mix(number: torch.Tensor) -> torch.Tensor:
-    """A hash of integers to 0 … 2^31 - 1, the same on every device: multiply and shift, all within 63 bits."""
-    number = number.long() & 0x7FFFFFFF
-    for factor in (0x45D9F3B, 0x119DE1F3):
-        number = ((number ^ (number >> 16)) * factor) & 0x7FFFFFFF
-    return number ^ (number >> 16)
+    """A hash of integers to 0 … 2^31 - 1, the same on every device: xor with shifts and multiply, in 32 bits.
+
+    Source of the constants: Wellons 2018, "Prospecting for hash functions" (lowbias32).
+    """
+    number = number.long() & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        number = ((number ^ (number >> shift)) * factor) & 0xFFFFFFFF
+    return (number ^ (number >> 16)) >> 1

@@ -42,13 +42,14 @@ class LearnedPositions(nn.Embedding):
         position = tokens.position
         # On an accelerator reading a value waits for the device, so only a text that may be too long is looked at.
         worth_reading = position.device.type == "cpu" or position.shape[1] > self.num_embeddings
-        readable = position.numel() and worth_reading and values_can_be_read(position)
-        if readable and int(position.max()) >= self.num_embeddings:
-            raise ValueError(
-                f"a text has a token at position {int(position.max())}, and the model has learned positions 0 to "
-                f"{self.num_embeddings - 1}. Cut texts to max_position_embeddings={self.num_embeddings} tokens, or "
-                "use position_encoding='rotary', which has no limit."
-            )
+        if position.numel() and worth_reading and values_can_be_read(position):
+            low, high = (int(x) for x in position.aminmax())
+            if low < 0 or high >= self.num_embeddings:
+                raise ValueError(
+                    f"a text has a token at position {high if low >= 0 else low}, and the model has learned positions "
+                    f"0 to {self.num_embeddings - 1}. Cut texts to max_position_embeddings={self.num_embeddings} "
+                    "tokens, or use position_encoding='rotary', which has no limit."
+                )
         return super().forward(position)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .biases import Bias
+from .packing import Tokens, values_can_be_read
 from .positions_base import NoPosition
 from .positions_embedding import sinusoids
 
@@ -142,12 +143,24 @@ class TransformerXL(NoPosition):
 
     def state(self, query, source, dtype):
         """(sinusoids of query - key position for each distance from -r to r, query position, key position)."""
-        reach = source.position.shape[1]
+        reach = _farthest(query, source)
         distance = torch.arange(-reach, reach + 1, device=query.position.device)
         return sinusoids(-distance, self.width, dtype), query.position, source.position
 
     def layer(self, config):
         return ContentAndPosition(config)
+
+
+def _farthest(query: Tokens, source: Tokens) -> int:
+    """At least the greatest distance in a row. Places that count up have none beyond the number of keys; those that a
+    user gives may, and are looked at wherever values can be read."""
+    reach = source.position.shape[1]
+    if not (query.position.numel() and source.position.numel() and values_can_be_read(source.position)):
+        return reach
+    places = [torch.where(x.document >= 0, x.position, x.position.amax(1, keepdim=True)) for x in (query, source)]
+    high = torch.maximum(*(x.position.amax(1) for x in (query, source)))
+    low = torch.minimum(*(x.amin(1) for x in places))
+    return max(reach, int((high - low).max()))
 
 
 class ContentAndPosition(nn.Module):

@@ -9,10 +9,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .positions_base import NoPosition
 
-SUPPORTED = ("default", "linear", "llama3", "yarn")
-"""Not 'dynamic' and 'longrope': their frequencies depend on the longest text of the batch, so a text would not get the
-same numbers alone and beside others."""
-
 
 @dataclass(frozen=True)
 class Rotary(NoPosition):
@@ -41,26 +37,17 @@ class Rotary(NoPosition):
 
     @classmethod
     def check(cls, config):
-        for layer in range(config.num_hidden_layers):
-            parameters = rope_of_layer(config, layer)
-            if parameters["rope_type"] not in SUPPORTED:
+        given = config.rope_parameters or {}
+        if any(isinstance(value, dict) for value in given.values()):
+            pattern = config.attention_pattern
+            used = {pattern} if isinstance(pattern, str) else set(pattern)
+            if set(given) != used or not all(isinstance(value, dict) for value in given.values()):
                 return (
-                    f"rope_parameters: rope_type must be one of {', '.join(map(repr, SUPPORTED))}, got "
-                    f"{parameters['rope_type']!r}. ('dynamic' and 'longrope' depend on the longest text of a batch.)"
+                    f"rope_parameters by pattern has one dict for each of {sorted(used)}, got {given}. Name these "
+                    "patterns and nothing else, or give one flat dict for all."
                 )
-            theta = parameters["rope_theta"]
-            if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
-                return f"rope_parameters: rope_theta must be a number above 0, got {theta!r}. 10000.0 is usual."
-            unknown = set(parameters) - _KEYS
-            if unknown:
-                return f"rope_parameters knows {', '.join(sorted(_KEYS))}, got {sorted(unknown)}. Leave them out."
-            width = config.query_key_dim * parameters.get("partial_rotary_factor", 1.0)
-            if width != int(width) or int(width) % 2 or not 0 < width <= config.query_key_dim:
-                return (
-                    "position_encoding 'rotary' turns pairs and needs an even head_dim * partial_rotary_factor, got "
-                    f"{width}. Change head_dim or the factor."
-                )
-        return None
+        problems = (_problem(config, rope_of_layer(config, layer)) for layer in range(config.num_hidden_layers))
+        return next((problem for problem in problems if problem is not None), None)
 
     def state(self, query, source, dtype):
         """((cos, sin) of the queries, (cos, sin) of the keys), each (R, N, 1, r / 2)."""
@@ -92,21 +79,55 @@ class RotateHalves(nn.Module):
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
 
 
-_KEYS = {
-    "rope_type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "factor",
-    "original_max_position_embeddings",
-    "low_freq_factor",
-    "high_freq_factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+"""The types of rotary frequencies, and what each cannot do without. Not 'dynamic' and 'longrope': their frequencies
+depend on the longest text of the batch, so a text would not get the same numbers alone and beside others."""
+
+_ALWAYS = ("rope_type", "rope_theta", "partial_rotary_factor")
+
+_MORE = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
+
+
+def _problem(config, parameters: dict) -> str | None:
+    """What is wrong with the rope_parameters of one layer, or None."""
+    rope_type, theta = parameters["rope_type"], parameters["rope_theta"]
+    if rope_type not in _NEEDED:
+        return (
+            f"rope_parameters: rope_type must be one of {', '.join(map(repr, _NEEDED))}, got {rope_type!r}. "
+            "('dynamic' and 'longrope' depend on the longest text of a batch.)"
+        )
+    known = (*_ALWAYS, *_NEEDED[rope_type], *_MORE.get(rope_type, ()))
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        return (
+            f"rope_parameters has {unknown}, which rope_type {rope_type!r} does not use. It knows {', '.join(known)}, "
+            f"and 'factor' and more for others of {', '.join(map(repr, _NEEDED))}; got {unknown}. Leave them out, or set "
+            "the rope_type that is meant."
+        )
+    if not _above_0(theta):
+        return f"rope_parameters: rope_theta must be a number above 0, got {theta!r}. 10000.0 is usual."
+    missing = [name for name in _NEEDED[rope_type] if parameters.get(name) is None]
+    if missing:
+        return f"rope_parameters of rope_type {rope_type!r} needs {', '.join(missing)}, got {parameters}. Set them."
+    for name in (*_NEEDED[rope_type], "partial_rotary_factor"):
+        if not (_above_0(parameters.get(name, 1)) or (name == "partial_rotary_factor" and parameters[name] == 0)):
+            return f"rope_parameters: {name} must be a number above 0, got {parameters[name]!r}."
+    width = config.query_key_dim * parameters.get("partial_rotary_factor", 1)
+    if width != int(width) or int(width) % 2 or not 0 < width <= config.query_key_dim:
+        return (
+            "position_encoding 'rotary' turns pairs and needs an even head_dim * partial_rotary_factor, got "
+            f"{width}. Change head_dim or the factor."
+        )
+    return None
+
+
+def _above_0(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def rope_of_layer(config, layer: int) -> dict:
@@ -115,7 +136,10 @@ def rope_of_layer(config, layer: int) -> dict:
     if any(isinstance(value, dict) for value in parameters.values()):
         pattern = config.attention_pattern
         parameters = parameters[pattern if isinstance(pattern, str) else pattern[layer]]
-    return {"rope_type": "default", "rope_theta": config.default_theta, **parameters}
+    parameters = {"rope_type": "default", "rope_theta": config.default_theta, **parameters}
+    if "original_max_position_embeddings" in _NEEDED.get(parameters["rope_type"], ()):
+        parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    return parameters
 
 
 class _LayerConfig:

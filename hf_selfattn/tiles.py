@@ -44,7 +44,7 @@ def mask(
     block_size = pattern.tile_size
     if values_can_be_read(query.position):
         # A short text is one block; while a graph is traced, its length may stand for any.
-        block_size = min(block_size, max(query.position.shape[1], key.position.shape[1]))
+        block_size = min(block_size, max(query.position.shape[1], key.position.shape[1], 1))
     visited, whole = visit_table(
         [x for x in query if x is not None],
         [x for x in key if x is not None],

@@ -4,6 +4,7 @@ import torch
 import transformers
 
 from hf_selfattn import SelfAttnConfig
+from hf_selfattn.positions_relative import alibi_slopes
 
 HEADS = {
     "base": "AutoModel",
@@ -40,7 +41,7 @@ CONFIGS = {
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
         rope_parameters={
             "full_attention": {"rope_type": "default", "rope_theta": 500.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
         },
         cls_token_id=2,
         bos_token_id=2,
@@ -109,6 +110,114 @@ def _roberta(config):
     return {**_bert(config), "max_position_embeddings": config.max_position_embeddings - config.pad_token_id - 1}
 
 
+def _longformer(config):
+    return {
+        **_roberta(config),
+        "head_type": "roberta",
+        "attention_pattern": "longformer",
+        "window_radius": [window // 2 for window in config.attention_window],
+        "num_global_tokens": 0,
+        "global_projections": True,
+    }
+
+
+def _big_bird(config):
+    return {
+        **_bert(config),
+        "head_type": "bert",
+        "attention_pattern": "bigbird",
+        "block_size": config.block_size,
+        "block_radius": 1,
+        "num_global_blocks": 2,
+        "num_random_blocks": config.num_random_blocks,
+    }
+
+
+def _llama(config):
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None),
+        "intermediate_size": config.intermediate_size,
+        "causal": True,
+        "position_encoding": "rotary",
+        "rope_parameters": dict(config.rope_parameters),
+        "norm_type": "rms_norm",
+        "norm_eps": config.rms_norm_eps,
+        "embedding_norm": False,
+        "hidden_act": config.hidden_act,
+    }
+
+
+def _qwen3(config):
+    return {**_llama(config), "qk_norm": True}
+
+
+def _stablelm(config):
+    names = {"rms_norm_eps": "layer_norm_eps"}
+    config = type("", (), {**config.to_dict(), **{ours: getattr(config, name) for ours, name in names.items()}})
+    return {**_llama(config), "norm_type": "layer_norm", "norm_bias": True}
+
+
+def _t5(config):
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "head_dim": config.d_kv,
+        "intermediate_size": config.d_ff,
+        "score_function": "dot_product",
+        "position_encoding": "t5",
+        "relative_num_buckets": config.relative_attention_num_buckets,
+        "relative_max_distance": config.relative_attention_max_distance,
+        "norm_type": "rms_norm",
+        "norm_eps": config.layer_norm_epsilon,
+        "embedding_norm": False,
+        "mlp_type": "plain",
+        "hidden_act": "relu",
+    }
+
+
+def _mpt(config):
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": config.d_model * config.expansion_ratio,
+        "causal": True,
+        "position_encoding": "alibi",
+        "norm_eps": config.layer_norm_epsilon,
+        "embedding_norm": False,
+        "mlp_type": "plain",
+    }
+
+
+def _xlnet(config):
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "head_dim": config.d_head,
+        "intermediate_size": config.d_inner,
+        "causal": True,
+        "memory_length": config.mem_len,
+        "position_encoding": "transformer_xl",
+        "norm_position": "post",
+        "norm_eps": config.layer_norm_eps,
+        "norm_bias": True,
+        "embedding_norm": False,
+        "mlp_type": "plain",
+        "mlp_bias": True,
+        "hidden_act": config.ff_activation,
+    }
+
+
 def _distilbert(config):
     return {
         **_post_norm(config),
@@ -120,7 +229,7 @@ def _distilbert(config):
 
 def _modernbert(config):
     sliding = [layer_type == "sliding_attention" for layer_type in config.layer_types]
-    (theta,) = {rope["rope_theta"] for rope in config.rope_parameters.values()}
+    theta = {name: config.rope_parameters[name]["rope_theta"] for name in config.layer_types}
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -130,7 +239,10 @@ def _modernbert(config):
         "pad_token_id": config.pad_token_id,
         "attention_pattern": ["sliding_window" if local else "full" for local in sliding],
         "window_radius": [config.local_attention // 2 if local else None for local in sliding],
-        "rope_parameters": {"rope_theta": theta},
+        "rope_parameters": {
+            {"sliding_attention": "sliding_window", "full_attention": "full"}[name]: {"rope_theta": theta[name]}
+            for name in theta
+        },
         "attention_bias": config.attention_bias,
         "norm_eps": config.norm_eps,
         "norm_bias": config.norm_bias,
@@ -142,7 +254,20 @@ def _modernbert(config):
     }
 
 
-_OPTIONS = {"bert": _bert, "roberta": _roberta, "distilbert": _distilbert, "modernbert": _modernbert}
+_OPTIONS = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "distilbert": _distilbert,
+    "modernbert": _modernbert,
+    "longformer": _longformer,
+    "big_bird": _big_bird,
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "stablelm": _stablelm,
+    "t5": _t5,
+    "mpt": _mpt,
+    "xlnet": _xlnet,
+}
 
 
 def in_our_names(peer, tensors):
@@ -164,12 +289,50 @@ def in_our_names(peer, tensors):
             before, parts, after = name.split("/")
             parts = parts.split("+")
             renamed |= {before + part + after: x for part, x in zip(parts, tensor.chunk(len(parts)), strict=True)}
-        elif config.model_type == "roberta" and name.endswith("positions.weight"):
+        elif config.model_type in ("roberta", "longformer") and name.endswith("positions.weight"):
             renamed[name] = tensor[config.pad_token_id + 1 :]
         else:
             renamed[name] = tensor
+    return _TURNED.get(config.model_type, lambda renamed, config: renamed)(renamed, config)
+
+
+def _t5_turned(renamed, config):
+    """T5 has one table of (buckets, H) in its first layer; each of our layers has one of (H, buckets)."""
+    renamed.pop("shared.weight", None)
+    table = renamed.pop("layers.0.attention.relative_attention_bias.weight").T
+    renamed |= {f"layers.{layer}.attention.position.table": table for layer in range(config.num_layers)}
     return renamed
 
+
+def _mpt_turned(renamed, config):
+    """ALiBi's slopes are parameters of ours that are never trained."""
+    slopes = torch.tensor(alibi_slopes(config.n_heads))
+    return renamed | {f"layers.{layer}.attention.position.slopes": slopes for layer in range(config.n_layers)}
+
+
+def _xlnet_turned(renamed, config):
+    """Projections of XLNet are (D, H, d_k), its sinusoids all sines, then all cosines."""
+    sin_cos_in_turn = torch.arange(config.d_model).view(2, -1).T.flatten()
+    for name, x in list(renamed.items()):
+        if name.endswith("o_proj.weight"):
+            renamed[name] = x.flatten(1)
+        elif name.endswith("_proj.weight") and ".attention." in name:
+            renamed[name] = x.flatten(1).T
+        if name.endswith("r_proj.weight"):
+            renamed[name] = renamed[name][:, sin_cos_in_turn]
+        if name.endswith(("mask_emb", "seg_embed", "r_s_bias")):
+            del renamed[name]
+    return renamed
+
+
+_TURNED = {"t5": _t5_turned, "mpt": _mpt_turned, "xlnet": _xlnet_turned}
+
+_LLAMA = {
+    "self_attn": "attention",
+    "mlp.": "feed_forward.",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "feed_forward_norm",
+}
 
 _BERT = {
     "pooler.dense": "head.dense",
@@ -226,6 +389,53 @@ _NAMES = {
         "vocab_layer_norm": "prediction_head.norm",
         "vocab_projector": "lm_head",
         "pre_classifier": "head.dense",
+    },
+    "longformer": {
+        **{f"attention.self.{x}_global": f"attention.of_global.{x[0]}_proj" for x in ("query", "key", "value")},
+        **_BERT,
+    },
+    "big_bird": _BERT,
+    "llama": _LLAMA,
+    "qwen3": _LLAMA,
+    "stablelm": _LLAMA,
+    "t5": {
+        "encoder.embed_tokens": "embed_tokens",
+        "encoder.final_layer_norm": "norm",
+        "encoder.block": "layers",
+        "layer.0.SelfAttention": "attention",
+        "attention.q.": "attention.q_proj.",
+        "attention.k.": "attention.k_proj.",
+        "attention.v.": "attention.v_proj.",
+        "attention.o.": "attention.o_proj.",
+        "layer.0.layer_norm": "attention_norm",
+        "layer.1.layer_norm": "feed_forward_norm",
+        "layer.1.DenseReluDense.wi": "feed_forward.up_proj",
+        "layer.1.DenseReluDense.wo": "feed_forward.down_proj",
+    },
+    "mpt": {
+        "wte": "embed_tokens",
+        "blocks": "layers",
+        "norm_f": "norm",
+        "norm_1": "attention_norm",
+        "norm_2": "feed_forward_norm",
+        "attn.Wqkv": "attention./q_proj+k_proj+v_proj/",
+        "attn.out_proj": "attention.o_proj",
+        "ffn": "feed_forward",
+    },
+    "xlnet": {
+        "word_embedding": "embed_tokens",
+        "layer.": "layers.",
+        "rel_attn.layer_norm": "attention_post_norm",
+        "rel_attn.r_w_bias": "attention.position.content_bias",
+        "rel_attn.r_r_bias": "attention.position.position_bias",
+        "rel_attn.r_s_bias": "r_s_bias",
+        "rel_attn.seg_embed": "seg_embed",
+        **{f"rel_attn.{x}": f"attention.{x}_proj.weight" for x in "qkvo"},
+        "rel_attn.r": "attention.position.r_proj.weight",
+        "ff.layer_norm": "feed_forward_post_norm",
+        "ff.layers.1": "feed_forward.up_proj",
+        "ff.layer_1": "feed_forward.up_proj",
+        "ff.layer_2": "feed_forward.down_proj",
     },
     "modernbert": {
         "embeddings.tok_embeddings": "embed_tokens",

@@ -122,11 +122,11 @@ def random_block(seed, layer, number, head, block, num_blocks):
 
 
 def scramble(number):
-    """31 bits to 31 bits."""
-    number &= 2**31 - 1
-    number = ((number ^ (number >> 16)) * 0x45D9F3B) % 2**31
-    number = ((number ^ (number >> 16)) * 0x119DE1F3) % 2**31
-    return number ^ (number >> 16)
+    """32 bits to 31 bits: lowbias32 (Wellons 2018), its lowest bit dropped."""
+    number %= 2**32
+    number = ((number ^ (number >> 16)) * 0x7FEB352D) % 2**32
+    number = ((number ^ (number >> 15)) * 0x846CA68B) % 2**32
+    return (number ^ (number >> 16)) >> 1
 
 
 PATTERNS = {"full": full, "sliding_window": sliding_window, "longformer": longformer, "bigbird": bigbird}

@@ -50,8 +50,8 @@ BATCHES = {
     "one_token": Batch(1, 1),
     "whole_rows": Batch(2, 11),
     "padded": Batch(4, padding_mask=_padding_mask()),
-    "restarting_positions": Batch(1, position_ids=torch.cat([torch.arange(n) for n in (12, 1, 24)])[None]),
-    "boundaries": Batch(1, cu_seq_lens=torch.tensor([0, 5, 6, 30])),
+    "restarting_positions": Batch(1, 27, position_ids=torch.cat([torch.arange(n) for n in (12, 1, 14)])[None]),
+    "boundaries": Batch(1, 23, cu_seq_lens=torch.tensor([0, 5, 6, 19])),
     "user_mask": Batch(1, user_mask=_user_mask(1, 1, N)),
     "user_mask_per_head": Batch(2, 19, user_mask=_user_mask(2, H, 19)),
 }

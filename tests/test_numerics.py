@@ -160,6 +160,15 @@ def test_inputs_embeds_equal_input_ids(position, make_config, make_model):
     assert torch.equal(by_ids.last_hidden_state, by_embeds.last_hidden_state)
 
 
+def test_token_types_are_0_where_none_are_given(make_config, make_model):
+    model = make_model(make_config(type_vocab_size=3))
+    types = torch.zeros(B, N, dtype=torch.long)
+    with torch.no_grad():
+        without = model(draw_ids()).last_hidden_state
+        assert torch.equal(without, model(draw_ids(), token_type_ids=types).last_hidden_state)
+        assert (without - model(draw_ids(), token_type_ids=types + 1).last_hidden_state).abs().max() > 0.01
+
+
 def test_no_batch_leaves_a_trace(kernel, make_config, make_model):
     """Short, then long = long alone; and the same once more."""
     model = make_model(make_config(pattern="sliding_window", position="rotary"), kernel)

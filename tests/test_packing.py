@@ -124,6 +124,7 @@ def check_packed_equals_alone(model, layout):
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("form", ["padded_with_holes", "packed_by_positions", "packed_by_boundaries"])
 def test_no_gradient_between_documents(form, pattern, kernel, make_config, make_model, lay_out):
     config = make_config(pattern=pattern, position="rotary")
     if unsupported_reasons(config, kernel, device_type="cpu", training=True):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_selfattn import POSITIONS, SelfAttnModel, register_position, unsupported_reasons
+from hf_selfattn import POSITIONS, SelfAttnModel, register_position
 from hf_selfattn.packing import read_batch
 from hf_selfattn.positions import Learned, Rotary
 
@@ -63,11 +63,10 @@ def test_position_ids_say_where_tokens_stand(position, make_config, make_model):
 
 
 @pytest.mark.parametrize("place", ["offset", "stretched", "gap"])
-def test_positions_far_apart_equal_slow_loops(place, position, causal, kernel, make_config, make_model):
+@pytest.mark.parametrize("kernel", ["eager", "selfattn"])
+def test_positions_far_apart_equal_slow_loops(place, position, kernel, make_config, make_model):
     """Distances are taken from positions, which may be larger than the text is long."""
-    config = make_config(causal=causal, position=position)
-    if unsupported_reasons(config, kernel, device_type="cpu", training=False):
-        return  # refused: test_kernels.py
+    config = make_config(position=position)
     model, ids = make_model(config, kernel), draw_ids()[:1]
     counted = torch.arange(N)
     places = {"offset": counted + 5, "stretched": 3 * counted + 1, "gap": counted + 1 + 40 * (counted > 3)}[place]

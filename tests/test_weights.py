@@ -94,12 +94,15 @@ class TestSome:
     }
 
     @pytest.mark.parametrize("selection", SELECTIONS)
-    def test_slices_of_the_whole(self, selection, choice, kernel, make_config, make_model):
+    def test_slices_of_the_whole(self, selection, kernel, make_config, make_model):
+        config = make_config(pattern="bigbird", position="rotary", num_hidden_layers=3)
+        self.check(make_model(config, kernel), draw_batch(), **self.SELECTIONS[selection])
+
+    def test_slices_of_every_choice(self, choice, kernel, make_config, make_model):
         config = make_config(*choice, num_hidden_layers=3, qk_norm=True)
         if unsupported_reasons(config, kernel, training=False):
             return  # refused: test_weights_of_every_kernel
-        batch, model = draw_batch(), make_model(config, kernel)
-        self.check(model, batch, **self.SELECTIONS[selection])
+        self.check(make_model(config, kernel), draw_batch(), **self.SELECTIONS["all_three"])
 
     def check(self, model, batch, layers=None, heads=None, queries=None):
         found = model.attention_weights(layers=layers, heads=heads, queries=queries, **batch)
@@ -175,14 +178,6 @@ class TestSome:
         assert model.training
         with torch.no_grad():
             assert model(**batch).attentions is None
-
-    def test_numbers_from_the_end(self, make_config, make_model):
-        """As everywhere in Python."""
-        model, batch = make_model(make_config(), "eager"), draw_batch()
-        for (last,), (counted,) in [
-            (model.attention_weights(layers=[-1], **batch), model.attention_weights(layers=[1], **batch)),
-        ]:
-            assert_close(last, counted)
 
     @pytest.mark.parametrize(
         "selection", [{"layers": [7]}, {"heads": [4]}, {"queries": [17]}], ids=["layer", "head", "query"]

@@ -64,6 +64,7 @@ class ScriptArguments(TrainingArguments):
         if self.bf16 and not accelerator_available() and not self.use_cpu:
             self.use_cpu = True
             self.remarks = ["There is no accelerator: bf16 runs on the CPU (use_cpu is set)."]
+        self.dataloader_pin_memory = self.dataloader_pin_memory and accelerator_available()
         if self.remove_unused_columns:
             raise ValueError(
                 "--remove_unused_columns must stay off: the collators need the columns and pick their own."
