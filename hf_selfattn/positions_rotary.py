@@ -106,8 +106,8 @@ def _problem(config, parameters: dict) -> str | None:
     if unknown:
         return (
             f"rope_parameters has {unknown}, which rope_type {rope_type!r} does not use. It knows {', '.join(known)}, "
-            f"and 'factor' and more for others of {', '.join(map(repr, _NEEDED))}; got {unknown}. Leave them out, or set "
-            "the rope_type that is meant."
+            f"and 'factor' and more for others of {', '.join(map(repr, _NEEDED))}; got {unknown}. Leave them out, or "
+            "set the rope_type that is meant."
         )
     if not _above_0(theta):
         return f"rope_parameters: rope_theta must be a number above 0, got {theta!r}. 10000.0 is usual."
