@@ -10,6 +10,7 @@ from hf_selfattn import KERNELS, PATTERNS, POSITIONS, SCORES, SelfAttnModel, uns
 from hf_selfattn.packing import read_batch
 
 from . import reference
+from .small_tiles import use_small_tiles
 from .tolerances import TOLERANCE, assert_close
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -71,6 +72,12 @@ class Case(NamedTuple):
 
 
 CASES: dict[tuple, Case] = {}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """A kernel of tiles has several of them in these short texts."""
+    use_small_tiles(monkeypatch)
 
 
 HEADS = {"num_attention_heads": H, "num_key_value_heads": G, "head_dim": D_K, "value_head_dim": D_V}
