@@ -31,7 +31,7 @@ class Bias(NamedTuple):
 
 def alibi(distance: torch.Tensor, query: Any, slopes: torch.Tensor) -> torch.Tensor:
     """-slope * |distance|, symmetric. Args: distance (…, 1, N, K), slopes (H,). Returns (…, H, N, K)."""
-    return -slopes[..., None, None] * distance.abs()
+    return -slopes[..., None, None].to(torch.promote_types(slopes.dtype, torch.float32)) * distance.abs()
 
 
 def by_distance(distance: torch.Tensor, query: Any, table: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,8 @@ class SelfAttnConfig(PreTrainedConfig):
         tie_word_embeddings: whether the masked language model's output layer shares the token vectors.
 
     Others:
-        initializer_range: standard deviation of new weights.
+        initializer_range: standard deviation of new weights; with 'sinusoidal', also what the sinusoids are multiplied
+            by, to stand in the paper's proportion to the token vectors.
         pad_token_id, bos_token_id, eos_token_id: special token ids, or None.
 
     Raises:

@@ -38,17 +38,37 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
         super().__init__(config, *inputs, **kwargs)
 
     @torch.no_grad()
-    def attention_weights(self, layers=None, heads=None, queries=None, **batch) -> list[torch.Tensor]:
+    def attention_weights(
+        self, batch: dict | None = None, layers=None, heads=None, queries=None, **inputs
+    ) -> list[torch.Tensor]:
         """Some attention weights, and nothing larger is kept.
 
         Args:
-            layers, heads, queries: lists of numbers from 0; None: all.
-            batch: what the base model's forward takes, by name.
+            batch: what the base model's forward takes, as a dict; or by name, as `inputs`.
+            layers, heads, queries: lists of numbers from 0, in rising order; None: all.
 
         Returns:
             For each chosen layer (B, chosen heads, chosen queries, N), rows as `output_attentions` gives them.
+
+        Raises:
+            ValueError: for a number that there is not.
         """
-        outputs = self.base_model(**batch, output_attentions=Selection(layers, heads, queries), return_dict=True)
+        inputs = {**(batch or {}), **inputs}
+        given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        counts = {
+            "layers": self.config.num_hidden_layers,
+            "heads": self.config.num_attention_heads,
+            "queries": 0 if given is None else given.shape[1],
+        }
+        for name, numbers in (("layers", layers), ("heads", heads), ("queries", queries)):
+            if numbers is not None and (
+                list(numbers) != sorted(numbers) or not set(numbers) <= set(range(counts[name]))
+            ):
+                raise ValueError(
+                    f"attention_weights: {name} must be numbers from 0 to {counts[name] - 1} in rising order, got "
+                    f"{list(numbers)}. None means all."
+                )
+        outputs = self.base_model(**inputs, output_attentions=Selection(layers, heads, queries), return_dict=True)
         return list(outputs.attentions)
 
     @torch.no_grad()

@@ -80,7 +80,9 @@ def pool(hidden_states: torch.Tensor, packing: Packing, pooling: str) -> torch.T
         first = packing.real.long().argmax(dim=1)
         pooled = hidden_states[torch.arange(len(first), device=first.device), first]
     elif pooling == "mean":
-        pooled = (hidden_states * real).sum(1) / real.sum(1).clamp(min=1)
+        exact = torch.promote_types(hidden_states.dtype, torch.float32)
+        pooled = (hidden_states * real).sum(1, dtype=exact) / real.sum(1).clamp(min=1)
+        pooled = pooled.to(hidden_states.dtype)
     else:
         pooled = hidden_states.masked_fill(~real, torch.finfo(hidden_states.dtype).min).amax(1)
     return pooled.masked_fill(~packing.real.any(1, keepdim=True), 0)
@@ -266,13 +268,14 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
         position_ids=None,
         token_type_ids=None,
         inputs_embeds=None,
+        global_attention_mask=None,
         num_items_in_batch=None,
         **kwargs,
     ):
         """
         Args:
-            input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds: as in `SelfAttnModel.forward`, with
-                one more dimension for the choices: (B, C, …).
+            input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds, global_attention_mask: as in
+                `SelfAttnModel.forward`, with one more dimension for the choices: (B, C, …).
             labels: (B,) the number of the right choice, or -100 for none.
             num_items_in_batch: labelled examples of all accumulation steps and processes, given by the Trainer.
 
@@ -287,7 +290,7 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
             )
         flat = (
             None if x is None else x.flatten(0, 1)
-            for x in (input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
+            for x in (input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds, global_attention_mask)
         )
         outputs, packing = self.model(*flat, return_packing=True, **_as_dict(kwargs))
         pooled = pool(outputs.last_hidden_state, packing, self.config.pooling)

@@ -45,6 +45,11 @@ def stock_attention(
     Raises:
         ValueError: for a mask that `stock_mask` did not make, unless it is bool or None.
     """
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            "attn_implementation 'selfattn' cannot add the position_bias that this model passes. Use "
+            "attn_implementation='sdpa' or 'eager'."
+        )
     if attention_mask is None:
         causal = getattr(module, "is_causal", False) if kwargs.get("is_causal") is None else kwargs["is_causal"]
         pairs = torch.ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
@@ -68,7 +73,7 @@ def _tile_mask(pairs: torch.Tensor) -> TileMask:
     (rows, _, *lengths), device = pairs.shape, pairs.device
     query, key = (
         Tokens(
-            document=torch.zeros(rows, length, dtype=torch.long, device=device),
+            document=torch.arange(rows, device=device).unsqueeze(1).expand(-1, length),
             position=torch.arange(length, device=device).expand(rows, -1),
             length=torch.full((rows, length), length, device=device),
         )

@@ -69,7 +69,7 @@ def classification_loss(
     if problem_type == "single_label_classification":
         labels = labels.squeeze(-1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         return cross_entropy(logits, labels, num_items_in_batch)
-    if labels.numel() != logits.numel():
+    if labels.shape != logits.shape and not (logits.shape[-1] == 1 and labels.numel() == logits.shape[0]):
         raise ValueError(
             f"{problem_type} needs a label for each of the {logits.shape[-1]} outputs of each of the "
             f"{logits.shape[0]} texts, got labels of shape {tuple(labels.shape)}. Set num_labels to fit the labels."

@@ -40,8 +40,14 @@ def continue_from(packing: Packing, memory: Memory | None) -> tuple[Packing, Tok
         position=torch.where(packing.real, tokens.position + read, 0),
         length=torch.where(packing.real, tokens.length + read, 0),
     )
-    joined = (None if x is None else torch.cat((y, x), dim=1) for x, y in zip(tokens, memory.tokens, strict=True))
-    return packing._replace(tokens=tokens, all_real=False), Tokens(*joined)
+    before, after = memory.tokens, tokens
+    if (before.is_global is None) != (after.is_global is None):
+        before, after = (
+            x if x.is_global is not None else x._replace(is_global=torch.zeros_like(x.document, dtype=torch.bool))
+            for x in (before, after)
+        )
+    joined = (None if new is None else torch.cat((old, new), dim=1) for old, new in zip(before, after, strict=True))
+    return packing._replace(tokens=after, all_real=False), Tokens(*joined)
 
 
 def remember(memory: Memory | None, entered: list[torch.Tensor], tokens: Tokens, memory_length: int) -> Memory:

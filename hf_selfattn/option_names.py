@@ -18,7 +18,22 @@ OF_THE_LIBRARY = (
 
 OFTEN_SET = ("num_labels", "id2label", "label2id", "problem_type", "output_hidden_states", "output_attentions")
 
-CALLED_ELSEWHERE = dict.fromkeys(("sliding_window", "local_attention", "attention_window"), "window_radius")
+CALLED_ELSEWHERE = {
+    name: here
+    for here, names in {
+        "window_radius": ("sliding_window", "local_attention", "attention_window"),
+        "hidden_size": ("d_model", "n_embd", "dim", "embed_dim"),
+        "num_attention_heads": ("n_heads", "n_head", "heads", "num_heads"),
+        "num_hidden_layers": ("n_layers", "n_layer", "layers", "num_layers", "depth"),
+        "intermediate_size": ("ffn_dim", "d_ff", "hidden_dim", "n_inner"),
+        "max_position_embeddings": ("max_len", "n_positions", "max_seq_len"),
+        "rope_parameters": ("theta",),
+        "hidden_dropout": ("dropout", "resid_pdrop"),
+        "hidden_act": ("activation", "activation_function"),
+    }.items()
+    for name in names
+}
+"""Options by the names that other models give them."""
 
 
 def refuse_misspelt(cls: type[PreTrainedConfig], options: dict) -> None:

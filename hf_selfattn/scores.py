@@ -115,7 +115,9 @@ class Cosine(Score):
             init.constant_(self.log_scale, -math.log(self.temperature))
 
     def prepare(self, query, key):
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        # In half precision the square of a small number, and the eps that keeps 0 / 0 away, would both be 0.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        query, key = (F.normalize(x.to(exact), dim=-1).to(x.dtype) for x in (query, key))
         if self.log_scale is None:
             return query, key, (1 / self.temperature,)
         return (query * self.log_scale.exp()).to(key.dtype), key, (1.0,)

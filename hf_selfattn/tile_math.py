@@ -181,7 +181,7 @@ class Tiling:
     def scores(self, tile: Tile, query, key, bias_query, score_tensors, bias_tensors) -> torch.Tensor:
         """(n, h, b, k) scores of a tile in at least fp32, capped and with their bias, not yet masked."""
         head = tile.head[..., 0, 0]
-        if head.shape[0] > 1:
+        if self.problem.visited.shape[1] > 1:  # units of one head each
             score_tensors, bias_tensors = ([x[head] for x in tensors] for tensors in (score_tensors, bias_tensors))
         if self.scale is None:
             scores = self.score.tile(query, key, *score_tensors, *self.problem.score[2])
@@ -202,7 +202,8 @@ class Tiling:
         state = mix(mix(state + tile.head + self.problem.first_head) + tile.query.position)
         chance = mix(state + tile.key.position)
         keep = chance >= int(self.problem.dropout * 2**31)
-        return keep / (1 - self.problem.dropout)
+        exact = torch.promote_types(self.query.data.dtype, torch.float32)
+        return keep.to(exact) / (1 - self.problem.dropout)
 
 
 def forward(

@@ -237,10 +237,21 @@ def versions():
     return found
 
 
+def _without_token(argv):
+    """The command line with what follows --hub_token hidden."""
+    shown, hide = [], False
+    for word in argv:
+        name, is_pair, _ = word.partition("=")
+        is_token = name.startswith("--") and name.endswith("token")
+        shown.append("…" if hide else f"{name}=…" if is_token and is_pair else word)
+        hide = is_token and not is_pair
+    return shown
+
+
 def write_run_record(arguments, data):
     """`run.json` beside the result: command, seed, versions, commit, machine and the size of the data."""
     record = {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(_without_token(sys.argv)),
         "seed": arguments.seed,
         "versions": versions(),
         "commit": git_commit(),
