@@ -77,6 +77,16 @@ def test_validation_data_is_held_out_where_there_is_none(tmp_path):
     [
         ({}, ValueError, "One source of examples is needed: .* got neither"),
         ({"dataset_name": "a", "train_file": ["b"]}, ValueError, "One source of examples is needed: .* got both"),
+        (
+            {"dataset_name": "a", "validation_file": ["b"]},
+            ValueError,
+            "--validation_file goes with --train_file, got it",
+        ),
+        (
+            {"train_file": ["b"], "dataset_config_name": "c"},
+            ValueError,
+            "config_name goes with --dataset_name, got it",
+        ),
         ({"train_file": ["none.txt"]}, FileNotFoundError, "--train_file: 'none.txt' is not a file"),
         ({"dataset_name": "./none"}, FileNotFoundError, "'./none' is not a folder here"),
         ({"dataset_name": "docstrings", "dataset_config_name": "10"}, ValueError, "`N-packages` .* got '10'"),

@@ -138,6 +138,17 @@ def load_source(arguments, seed=0, evaluate=True, predict=False):
             "One source of examples is needed: --dataset_name NAME (a Hub name, a local folder, or docstrings), "
             "or --train_file FILE; got " + ("both." if arguments.train_file else "neither.")
         )
+    ignored = [
+        name for name in ("validation_file", "test_file") if arguments.dataset_name and getattr(arguments, name)
+    ]
+    if arguments.train_file and arguments.dataset_config_name:
+        ignored.append("dataset_config_name")
+    if ignored:
+        raise ValueError(
+            f"--{ignored[0]} goes with {'--dataset_name' if arguments.train_file else '--train_file'}, got it with "
+            f"{'--train_file' if arguments.train_file else '--dataset_name'}. Files go with files; of a named data set "
+            "choose --train_split, --validation_split and --test_split."
+        )
     if arguments.train_file:
         splits = _load_files(arguments)
         if not predict:
