@@ -50,13 +50,13 @@ def test_labels_of_turned_shape_are_refused():
 def test_stock_model_with_a_position_bias_is_refused():
     model = T5EncoderModel(T5Config(vocab_size=50, d_model=16, d_kv=4, num_heads=4, num_layers=1, d_ff=16)).eval()
     model.set_attn_implementation("selfattn")
-    with pytest.raises(ValueError, match="'selfattn' cannot add the position_bias.*Use attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"'selfattn' cannot add the position_bias.*Use attn_implementation='sdpa'"):
         model(torch.ones(1, 5, dtype=torch.long))
 
 
 @pytest.mark.parametrize("chosen", [{"layers": [7]}, {"heads": [-1]}, {"queries": [5]}, {"layers": [1, 0]}])
 def test_weights_that_there_are_not_are_refused(chosen):
-    with pytest.raises(ValueError, match="must be numbers from 0 to .* in rising order"):
+    with pytest.raises(ValueError, match=r"must be numbers from 0 to .* in rising order"):
         SelfAttnModel(SelfAttnConfig(**SMALL)).attention_weights({"input_ids": torch.ones(1, 5).long()}, **chosen)
 
 

@@ -146,8 +146,8 @@ def load_source(arguments, seed=0, evaluate=True, predict=False):
     if ignored:
         raise ValueError(
             f"--{ignored[0]} goes with {'--dataset_name' if arguments.train_file else '--train_file'}, got it with "
-            f"{'--train_file' if arguments.train_file else '--dataset_name'}. Files go with files; of a named data set "
-            "choose --train_split, --validation_split and --test_split."
+            f"{'--train_file' if arguments.train_file else '--dataset_name'}. Files go with files; of a named data "
+            "set choose --train_split, --validation_split and --test_split."
         )
     if arguments.train_file:
         splits = _load_files(arguments)
