@@ -45,7 +45,7 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
 
         Args:
             batch: what the base model's forward takes, as a dict; or by name, as `inputs`.
-            layers, heads, queries: lists of numbers from 0, in rising order; None: all.
+            layers, heads, queries: lists of numbers from 0, the layers in rising order; None: all.
 
         Returns:
             For each chosen layer (B, chosen heads, chosen queries, N), rows as `output_attentions` gives them.
@@ -61,13 +61,13 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
             "queries": 0 if given is None else given.shape[1],
         }
         for name, numbers in (("layers", layers), ("heads", heads), ("queries", queries)):
-            if numbers is not None and (
-                list(numbers) != sorted(numbers) or not set(numbers) <= set(range(counts[name]))
-            ):
+            if not set(numbers or ()) <= set(range(counts[name])):
                 raise ValueError(
-                    f"attention_weights: {name} must be numbers from 0 to {counts[name] - 1} in rising order, got "
-                    f"{list(numbers)}. None means all."
+                    f"attention_weights: {name} must be numbers from 0 to {counts[name] - 1}, got {list(numbers)}. "
+                    "None means all."
                 )
+        if list(layers or ()) != sorted(layers or ()):
+            raise ValueError(f"attention_weights: layers come in rising order, got {list(layers)}. Sort them.")
         outputs = self.base_model(**inputs, output_attentions=Selection(layers, heads, queries), return_dict=True)
         return list(outputs.attentions)
 

@@ -56,7 +56,7 @@ def test_stock_model_with_a_position_bias_is_refused():
 
 @pytest.mark.parametrize("chosen", [{"layers": [7]}, {"heads": [-1]}, {"queries": [5]}, {"layers": [1, 0]}])
 def test_weights_that_there_are_not_are_refused(chosen):
-    with pytest.raises(ValueError, match=r"must be numbers from 0 to .* in rising order"):
+    with pytest.raises(ValueError, match=r"must be numbers from 0 to|come in rising order"):
         SelfAttnModel(SelfAttnConfig(**SMALL)).attention_weights({"input_ids": torch.ones(1, 5).long()}, **chosen)
 
 
