@@ -84,7 +84,8 @@ def test_bad_configurations_are_refused(tmp_path):
 
 def test_a_model_that_is_not_there_is_refused(tmp_path):
     check_source_of_model(ModelArguments(model_name_or_path=tiny_model_folder()))
-    check_source_of_model(ModelArguments(model_name_or_path="google-bert/bert-base-uncased"))
+    with pytest.raises(FileNotFoundError, match="is not a folder here, and the Hub does not give it"):
+        check_source_of_model(ModelArguments(model_name_or_path="runs/nothing-of-this-name"))
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         check_source_of_model(ModelArguments(model_name_or_path=str(tmp_path / "none")))
     with pytest.raises(FileNotFoundError, match=r"is not a checkpoint: it has no config.json"):

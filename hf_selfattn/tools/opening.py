@@ -118,6 +118,14 @@ def check_source_of_model(arguments):
     name = arguments.model_name_or_path
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         check_model_folder(Path(name).expanduser())
+        return
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"--model_name_or_path {name!r} is not a folder here, and the Hub does not give it: {error} Pass the "
+            "folder of a saved model (a recipe's model comes from the recipe before it), or a Hub name."
+        ) from error
 
 
 def prepare_tokenizer(arguments, training, texts, resume_from=None):

@@ -100,9 +100,10 @@ class TokenClassification(Task):
 
     def windows(self, pieces, room, where):
         """(first word, last word + 1) of each window: as many whole words as fit."""
-        sizes = [len(piece) for piece in pieces]
-        if sum(sizes) > room and self.how_long == "refuse":
-            raise too_long(sum(sizes), room, where)
+        total = sum(map(len, pieces))
+        if total > room and self.how_long == "refuse":
+            raise too_long(total, room, where)
+        sizes = [min(len(piece), room) for piece in pieces]
         bounds, start, used = [], 0, 0
         for word, size in enumerate(sizes):
             if used and used + size > room:
@@ -126,7 +127,7 @@ class TokenClassification(Task):
                         f"({self.label_column}). Each word needs one label."
                     )
                 pieces = [ids or [unknown] for ids in encoder.ids(as_in_text(words))]  # a word of blanks alone
-                bounds = self.windows([piece[:room] for piece in pieces], room, f"Row {index}") if words else []
+                bounds = self.windows(pieces, room, f"Row {index}") if words else []
                 for start, stop in bounds:
                     parts = [piece[:room] for piece in pieces[start:stop]]
                     row = encoder.frame.row([number for part in parts for number in part])
