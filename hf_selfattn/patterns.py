@@ -72,7 +72,7 @@ class Pattern:
 
     def numbers_as_text(self) -> str:
         """Its numbers as a Python literal, for operators, which take no objects."""
-        return "{" + ", ".join(f"{name!r}: {value!r}" for name, value in self.__dict__.items()) + "}"
+        return "{" + ", ".join(f"{name!r}: {getattr(self, name)!r}" for name in self.__dataclass_fields__) + "}"
 
     @classmethod
     def from_config(cls, config, layer: int) -> "Pattern":
