@@ -151,8 +151,8 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             ValueError: for a mask, positions or ids that the model cannot read, or a kernel that cannot run here.
         """
         _refuse_unknown(kwargs)
-        inputs_embeds = self._embed(input_ids, inputs_embeds)
-        (batch_size, length), device = inputs_embeds.shape[:2], inputs_embeds.device
+        given = self._check_inputs(input_ids, inputs_embeds)
+        (batch_size, length), device = given.shape[:2], given.device
         padding_mask, user_mask = read_mask(attention_mask, batch_size, length, self.config.num_attention_heads)
         is_global = self._check_global(global_attention_mask, (batch_size, length))
         packing = read_batch(
@@ -166,10 +166,14 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             is_global=is_global,
         )
         self._check_memory(memory, packing, user_mask, return_packing)
+        if self._may_pack(packing, user_mask, kwargs.get("output_attentions")):
+            packing = packing.packed()
         packing, key_tokens = continue_from(packing, memory)
 
         token_types = packing.pack(self._check_token_types(token_type_ids, (batch_size, length)))
-        hidden_states = self.embeddings(packing.pack(inputs_embeds), packing.tokens, token_types)
+        given = packing.pack(given)
+        embeds = self.embed_tokens(given) if inputs_embeds is None else given
+        hidden_states = self.embeddings(embeds, packing.tokens, token_types)
         check_kernel(
             self.config,
             self.config._attn_implementation,
@@ -224,7 +228,18 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
             remembered = remember(memory, entered, key_tokens, self.config.memory_length)
         return SelfAttnModelOutput(last_hidden_state=self.norm(hidden_states), memory=remembered)
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def _may_pack(self, packing: Packing, user_mask: torch.Tensor | None, output_attentions) -> bool:
+        """Whether the batch travels as its real tokens alone, where that leaves anything out.
+
+        Weights are asked for in the batch's own shape, and a traced graph has no branch on values.
+        """
+        if (packing.all_real and packing.one_document) or not values_can_be_read(packing.tokens.document):
+            return False
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        return user_mask is None and not self.config.memory_length and not wanted
+
+    def _check_inputs(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """The one of the two that was given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "The model reads either input_ids or inputs_embeds, got "
@@ -251,7 +266,7 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
                     f"from {low} to {high}. Use the model's own tokenizer, or model.resize_token_embeddings("
                     "len(tokenizer))."
                 )
-        return self.embed_tokens(input_ids)
+        return input_ids
 
     def _check_token_types(self, token_type_ids: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
         if token_type_ids is None:

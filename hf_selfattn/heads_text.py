@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .encoder import SelfAttnModel, SelfAttnPreTrainedModel
-from .losses import IGNORED, check_labels, classification_loss, cross_entropy, span_loss
+from .losses import IGNORED, check_labels, classification_loss, cross_entropy, linear_cross_entropy, span_loss
 from .norms import make_norm
 from .packing import Packing, values_can_be_read
 
@@ -63,18 +63,18 @@ def make_head(config, of_texts: bool) -> nn.Module:
 
 
 def pool(hidden_states: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
-    """One vector for each row: its first real token, or the mean or maximum over its real tokens; 0 where it has none.
+    """One vector for each document, its first token, or the mean or maximum over its tokens: (documents, D).
+
+    With one document in each row these are the B rows, 0 for a row without a real token; else the documents that have
+    one, row by row.
 
     Args:
-        hidden_states: (R, N, D).
+        hidden_states: (R, N, D) in the layout.
         packing: the form of the batch.
         pooling: "first", "mean" or "max".
-
-    Raises:
-        ValueError: if a row holds several documents, whose vectors would be mixed.
     """
-    if not packing.one_document:
-        _refuse_several_documents(packing)
+    if packing.is_packed or not packing.one_document:
+        return _pool_documents(hidden_states, packing, pooling)
     real = packing.real.unsqueeze(-1)
     if pooling == "first":
         first = packing.real.long().argmax(dim=1)
@@ -88,16 +88,28 @@ def pool(hidden_states: torch.Tensor, packing: Packing, pooling: str) -> torch.T
     return pooled.masked_fill(~packing.real.any(1, keepdim=True), 0)
 
 
-def _refuse_several_documents(packing: Packing) -> None:
-    document = packing.tokens.document
-    if not values_can_be_read(document):
-        return
-    first = document.amax(1, keepdim=True)
-    if bool(((document != first) & (document >= 0)).any()):
-        raise ValueError(
-            "A head for whole texts gives one answer for each row, got rows that hold several documents (position_ids "
-            "or cu_seq_lens_q say so). Pass one document in each row, with an attention_mask."
-        )
+def _pool_documents(hidden_states: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
+    """`pool` over documents wherever they stand."""
+    number, hidden = packing.tokens.document.flatten(), hidden_states.flatten(0, 1)
+    if not packing.is_packed:
+        real = (number >= 0).nonzero().squeeze(1)
+        number, hidden = number[real], hidden[real]
+    count = packing.shape[0]
+    if not packing.one_document:
+        documents, number = number.unique_consecutive(return_inverse=True)
+        count = len(documents)
+    pooled = hidden.new_zeros(count, hidden.shape[-1])
+    if pooling == "first":
+        first = torch.ones_like(number, dtype=torch.bool)
+        first[1:] = number[1:] != number[:-1]
+        first = first.nonzero().squeeze(1)
+        return pooled.index_copy(0, number[first], hidden.index_select(0, first))
+    if pooling == "mean":
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = pooled.to(exact).index_add(0, number, hidden.to(exact))
+        return (total / number.bincount(minlength=count).clamp(min=1).unsqueeze(1)).to(hidden.dtype)
+    index = number.unsqueeze(1).expand_as(hidden)
+    return pooled.scatter_reduce(0, index, hidden, "amax", include_self=False)
 
 
 class SelfAttnForMaskedLM(SelfAttnPreTrainedModel):
@@ -121,20 +133,36 @@ class SelfAttnForMaskedLM(SelfAttnPreTrainedModel):
             num_items_in_batch: labelled tokens of all accumulation steps and processes, given by the Trainer.
 
         Returns:
-            `loss` in nats and `logits` (B, N, V), 0 at padding.
+            `loss` in nats and `logits` (B, N, V), 0 at padding. In training mode with labels, logits are made of
+            labelled tokens alone and not kept: `logits` is None.
         """
         outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
-        logits = self.lm_head(self.prediction_head(outputs.last_hidden_state))
-        loss = None
+        loss = logits = None
         if labels is not None:
             check_labels(labels, packing.shape)
-            loss = cross_entropy(logits, packing.pack(labels, fill=IGNORED), num_items_in_batch)
+            labels = packing.pack(labels.to(outputs.last_hidden_state.device), fill=IGNORED)
+        if labels is not None and self.training:
+            loss = self.sparse_loss(outputs.last_hidden_state, labels, num_items_in_batch)
+        else:
+            logits = self.lm_head(self.prediction_head(outputs.last_hidden_state))
+            loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+            logits = packing.unpack(logits)
         return MaskedLMOutput(
-            loss=loss,
-            logits=packing.unpack(logits),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def sparse_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """The loss of (R, N, D) and labels (R, N), from labelled tokens alone."""
+        if not values_can_be_read(labels):
+            return cross_entropy(self.lm_head(self.prediction_head(hidden_states)), labels, num_items_in_batch)
+        labels = labels.flatten()
+        rows = (labels != IGNORED).nonzero().squeeze(1)
+        labels = labels.index_select(0, rows)
+        predicted = self.prediction_head(hidden_states.flatten(0, 1).index_select(0, rows))
+        if type(self.lm_head) is not nn.Linear or type(self.lm_head.weight) is not nn.Parameter:
+            # An adapter, or a weight that is spread over devices, knows best how to multiply itself.
+            return cross_entropy(self.lm_head(predicted), labels, num_items_in_batch)
+        return linear_cross_entropy(predicted, self.lm_head.weight, self.lm_head.bias, labels, num_items_in_batch)
 
 
 class SelfAttnForSequenceClassification(SelfAttnPreTrainedModel):
@@ -159,7 +187,8 @@ class SelfAttnForSequenceClassification(SelfAttnPreTrainedModel):
             num_items_in_batch: entries of labels of all accumulation steps and processes, given by the Trainer.
 
         Returns:
-            `loss` and `logits` (B, num_labels).
+            `loss` and `logits` (B, num_labels); with several documents in a row, (documents, num_labels) and as many
+            `labels`, row by row.
         """
         outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
         pooled = pool(outputs.last_hidden_state, packing, self.config.pooling)
@@ -294,6 +323,11 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
         )
         outputs, packing = self.model(*flat, return_packing=True, **_as_dict(kwargs))
         pooled = pool(outputs.last_hidden_state, packing, self.config.pooling)
+        if len(pooled) != packing.shape[0]:
+            raise ValueError(
+                f"Multiple choice has one text for each choice, got {len(pooled)} documents in {packing.shape[0]} "
+                "rows (position_ids or cu_seq_lens_q say so). Pass one document in each row, with an attention_mask."
+            )
         logits = self.choice_output(self.dropout(self.head(pooled))).view(given.shape[:2])
         return MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),

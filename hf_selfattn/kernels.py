@@ -22,6 +22,7 @@ from .kernels_eager import attend as attend_eager
 from .kernels_flex import attend as attend_flex
 from .kernels_flex import mask as flex_mask
 from .kernels_flex import reasons as flex_reasons
+from .kernels_rows import by_rows
 from .kernels_selfattn import attend as attend_selfattn
 from .kernels_selfattn import reasons as selfattn_reasons
 from .patterns import Pattern, layer_patterns
@@ -39,10 +40,10 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[str, Kernel] = {
-    "sdpa": Kernel(dense_mask, attend_sdpa, sdpa_reasons),
-    "flex_attention": Kernel(flex_mask, attend_flex, flex_reasons),
+    "sdpa": Kernel(*by_rows(dense_mask, attend_sdpa), sdpa_reasons),
+    "flex_attention": Kernel(*by_rows(flex_mask, attend_flex), flex_reasons),
     "selfattn": Kernel(tile_mask, attend_selfattn, selfattn_reasons),
-    "eager": Kernel(dense_mask, attend_eager, eager_reasons),
+    "eager": Kernel(*by_rows(dense_mask, attend_eager), eager_reasons),
 }
 """In the order in which `default_kernel` tries them where `attn_implementation` names none."""
 

@@ -8,7 +8,8 @@ import torch
 from .kernels_eager import attend as attend_eager
 from .masks import allowed
 from .scores import Scoring
-from .tile_math import Problem, backward, forward
+from .tile_math import backward, forward, size_of_kept
+from .tile_roads import Problem
 from .tiles import OPERATORS, TileMask, fields_given, name_of, tokens_from
 
 
@@ -35,15 +36,18 @@ def tiled_attention(
     bias: str,
     bias_numbers: list[float],
     block_size: int,
+    whole_below: int,
     first_head: int,
     softcap: float,
     dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """heads (R, N, H, d_v) and the logarithms of the softmax denominators (R, H, N); see `tile_math.forward`."""
+    keep_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """heads (R, N, H, d_v), and what `tile_math.forward` keeps for the backward."""
     problem = Problem(
         visited=visited,
         whole=whole,
         block_size=block_size,
+        whole_below=whole_below,
         pattern=(pattern, pattern_numbers),
         query_tokens=tokens_from(query_tokens, fields),
         key_tokens=tokens_from(key_tokens, fields),
@@ -56,20 +60,25 @@ def tiled_attention(
         seed=seed,
     )
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        return forward(problem, query, key, value, bias_query, sink)
+        return forward(problem, query, key, value, bias_query, sink, keep_weights)
 
 
 @tiled_attention.register_fake
 def _(query, key, value, *rest):
-    rows, length, heads, _ = query.shape
+    (rows, length, heads, _), (*_, whole_below, _, _, _, keep_weights) = query.shape, rest
     exact = torch.promote_types(query.dtype, torch.float32)
-    return value.new_empty(rows, length, heads, value.shape[3]), query.new_empty(rows, heads, length, dtype=exact)
+    return (
+        value.new_empty(rows, length, heads, value.shape[3]),
+        query.new_empty(rows, heads, length, dtype=exact),
+        query.new_empty(size_of_kept(query, whole_below) if keep_weights else 0),
+    )
 
 
 @torch.library.custom_op(f"{OPERATORS}::tiled_attention_backward", mutates_args=())
 def tiled_attention_backward(
     heads: torch.Tensor,
     log_sum: torch.Tensor,
+    kept: torch.Tensor,
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -92,15 +101,18 @@ def tiled_attention_backward(
     bias: str,
     bias_numbers: list[float],
     block_size: int,
+    whole_below: int,
     first_head: int,
     softcap: float,
     dropout: float,
+    keep_weights: bool,
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value, bias_query and sink where given, score_tensors and bias_tensors."""
     problem = Problem(
         visited=visited,
         whole=whole,
         block_size=block_size,
+        whole_below=whole_below,
         pattern=(pattern, pattern_numbers),
         query_tokens=tokens_from(query_tokens, fields),
         key_tokens=tokens_from(key_tokens, fields),
@@ -113,12 +125,12 @@ def tiled_attention_backward(
         seed=seed,
     )
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        *grads, of_tensors = backward(problem, query, key, value, bias_query, sink, heads, log_sum, grad)
+        *grads, of_tensors = backward(problem, query, key, value, bias_query, sink, heads, log_sum, kept, grad)
     return [x.contiguous() for x in (*grads, *of_tensors) if x is not None]
 
 
 @tiled_attention_backward.register_fake
-def _(heads, log_sum, grad, query, key, value, bias_query, sink, score_tensors, bias_tensors, *rest):
+def _(heads, log_sum, kept, grad, query, key, value, bias_query, sink, score_tensors, bias_tensors, *rest):
     given = (x for x in (query, key, value, bias_query, sink, *score_tensors, *bias_tensors) if x is not None)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
@@ -133,14 +145,16 @@ def _save(ctx, inputs, output):
     for x in inputs[:13]:
         flat.extend(x if isinstance(x, list) else [x])
     ctx.save_for_backward(*output, *flat)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
-    heads, log_sum, *flat = ctx.saved_tensors
+def _backward(ctx, grad, *_):
+    heads, log_sum, kept, *flat = ctx.saved_tensors
+    grad = torch.zeros_like(heads) if grad is None else grad
     inputs = []
     for size in ctx.lists[:13]:
         inputs.append(flat.pop(0) if size is None else [flat.pop(0) for _ in range(size)])
-    found = tiled_attention_backward(heads, log_sum, grad.contiguous(), *inputs, *ctx.constants)
+    found = tiled_attention_backward(heads, log_sum, kept, grad.contiguous(), *inputs, *ctx.constants)
     grads = [found.pop(0) if x is not None else None for x in inputs[:5]]
     of_score, of_bias = ([found.pop(0) for _ in range(size)] for size in ctx.lists[5:7])
     none = [None if size is None else [None] * size for size in ctx.lists[7:]]
@@ -167,7 +181,7 @@ def attend(
     score_tensors, score_numbers = _tensors_first(scoring.parameters)
     bias_tensors, bias_numbers = _tensors_first(() if bias is None else bias.parameters)
     seed = torch.randint(2**31, ()) if dropout else torch.zeros((), dtype=torch.int64)
-    heads, _ = tiled_attention(
+    heads, *_ = tiled_attention(
         query.to(value.dtype),
         key.to(value.dtype),
         value,
@@ -189,9 +203,11 @@ def attend(
         "" if bias is None else bias.name,
         bias_numbers,
         mask.block_size,
+        mask.whole_below,
         mask.heads.start,
         float(scoring.softcap or 0),
         dropout,
+        torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
     )
     return heads, None
 

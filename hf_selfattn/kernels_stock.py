@@ -79,7 +79,7 @@ def _tile_mask(pairs: torch.Tensor) -> TileMask:
         )
         for length in lengths
     )
-    packing = Packing(query, all_real=True, one_document=True)
+    packing = Packing(query, tuple(query.document.shape), all_real=True, one_document=True)
     return tile_mask(Full(), query, key, packing, range(pairs.shape[1]), pairs)
 
 

@@ -51,6 +51,70 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch
     return _mean(total, labelled.sum(), num_items_in_batch)
 
 
+LOGITS_AT_ONCE = 2**24
+"""Logits that `linear_cross_entropy` holds at once."""
+
+EXACT_AT_ONCE = 2**19
+"""Of these, as many in fp32 as stay near a processor's core."""
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    num_items_in_batch=None,
+) -> torch.Tensor:
+    """`cross_entropy` of hidden_states W^T + b without keeping the logits: their gradient is made with them.
+
+    Under autocast the logits are of its type, their softmax is in at least fp32 all the same.
+
+    Args:
+        hidden_states: (n, D).
+        weight, bias: (V, D), (V,) or None.
+        labels: (n,) class numbers, none of them -100.
+        num_items_in_batch: as in `cross_entropy`.
+    """
+    total = _LinearCrossEntropy.apply(hidden_states, weight, bias, labels.to(hidden_states.device))
+    return _mean(total, torch.tensor(len(labels), device=total.device), num_items_in_batch)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels):
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        low_hidden, low_weight = hidden_states.to(dtype), weight.to(dtype)
+        low_bias = None if bias is None else bias.to(dtype)
+        total = torch.zeros((), dtype=exact, device=labels.device)
+        of_hidden, of_weight = torch.empty_like(hidden_states), torch.zeros_like(weight, dtype=exact)
+        of_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        at_once, few = (max(1, count // len(weight)) for count in (LOGITS_AT_ONCE, EXACT_AT_ONCE))
+        with torch.autocast(kind, enabled=False):
+            for first in range(0, len(labels), at_once):
+                rows = slice(first, first + at_once)
+                logits = F.linear(low_hidden[rows], low_weight, low_bias)
+                for part, label in zip(logits.split(few), labels[rows].unsqueeze(1).split(few), strict=True):
+                    log_share = part.to(exact).log_softmax(-1)
+                    total -= log_share.gather(1, label).sum()
+                    share = log_share.exp_()
+                    share.scatter_add_(1, label, share.new_full(label.shape, -1))
+                    part.copy_(share)
+                of_hidden[rows] = logits @ low_weight
+                of_weight += logits.t() @ low_hidden[rows]
+                if of_bias is not None:
+                    of_bias += logits.sum(0, dtype=exact)
+        of_bias = None if bias is None else of_bias.to(bias.dtype)
+        ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype), of_bias)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None
+
+
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str, num_items_in_batch=None
 ) -> torch.Tensor:

@@ -33,37 +33,61 @@ class Tokens(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """The form in which a batch travels through the layers: here the grid (R = B, padding kept and seen by nobody).
+    """The form in which a batch travels through the layers.
+
+    Packed, it is one row of the T real tokens (R = 1, N = T), document after document. The grid is the batch as it
+    came (R = B, padding kept and seen by nobody); graphs are traced with it, and masks of pairs and memory need it.
 
     Attributes:
         tokens: where each token of the layout stands.
+        shape: (B, N), the shape of the batch outside.
         all_real: True where it is known without reading values that the batch has no padding.
         one_document: True where it is known without reading values that each row holds one document.
+        is_packed: whether the layout is the packed one.
+        places: (T,) where each packed token stands among the B * N outside; None where all do, in their order.
     """
 
     tokens: Tokens
+    shape: tuple[int, int]
     all_real: bool
     one_document: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, N), the shape of the batch outside."""
-        return tuple(self.tokens.document.shape)
+    is_packed: bool = False
+    places: torch.Tensor | None = None
 
     @property
     def real(self) -> torch.Tensor:
-        """(R, N) bool: False at padding."""
-        return self.tokens.document >= 0
+        """(B, N) bool: False at padding."""
+        if not self.is_packed:
+            return self.tokens.document >= 0
+        return self.unpack(self.tokens.document >= 0)
+
+    def packed(self) -> "Packing":
+        """The packed form of this grid. Values are read: not while a graph is traced."""
+        real = self.real.flatten()
+        places = None if bool(real.all()) else real.nonzero().squeeze(1)
+        form = self._replace(is_packed=True, places=places)
+        return form._replace(tokens=Tokens(*(None if x is None else form.pack(x) for x in self.tokens)))
 
     def pack(self, batch: torch.Tensor | None, fill: int | None = None) -> torch.Tensor | None:
-        """(B, N, …) to the layout (R, N, …); with `fill`, padding takes that value (labels: -100)."""
-        if batch is None or fill is None or self.all_real:
+        """(B, N, …) to the layout (R, N, …); with `fill`, padding that is kept takes that value (labels: -100)."""
+        if batch is None:
+            return None
+        if self.is_packed:
+            batch = batch.flatten(0, 1)
+            return (batch if self.places is None else batch.index_select(0, self.places)).unsqueeze(0)
+        if fill is None or self.all_real:
             return batch
         return batch.masked_fill(~_like(self.real, batch), fill)
 
     def unpack(self, layout: torch.Tensor) -> torch.Tensor:
         """The layout (R, N, …) back to (B, N, …), 0 at padding."""
-        return layout if self.all_real else layout.masked_fill(~_like(self.real, layout), 0)
+        if not self.is_packed:
+            return layout if self.all_real else layout.masked_fill(~_like(self.real, layout), 0)
+        layout = layout.squeeze(0)
+        if self.places is not None:
+            empty = layout.new_zeros(self.shape[0] * self.shape[1], *layout.shape[1:])
+            layout = empty.index_copy(0, self.places, layout)
+        return layout.unflatten(0, self.shape)
 
 
 def read_batch(
@@ -107,7 +131,7 @@ def read_batch(
         starts = position_ids == 0
     tokens = _stand(real, starts, position_ids)._replace(is_global=is_global)
     one_document = cu_seq_lens is None and not (restarts and position_ids is not None)
-    return Packing(tokens, all_real=padding_mask is None and cu_seq_lens is None, one_document=one_document)
+    return Packing(tokens, shape, padding_mask is None and cu_seq_lens is None, one_document)
 
 
 def _stand(real: torch.Tensor, starts: torch.Tensor, position_ids: torch.Tensor | None) -> Tokens:

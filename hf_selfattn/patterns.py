@@ -30,6 +30,9 @@ class Pattern:
     reads_global = False
     """Whether it reads `Tokens.is_global`, which `global_attention_mask` gives."""
 
+    sees_itself = False
+    """Whether it is known that each token sees itself, so that only padding sees nothing."""
+
     streams = True
     """Whether it can be applied before the end of the document is known."""
 
@@ -70,6 +73,11 @@ class Pattern:
         """Tokens in the blocks that suit it best."""
         return 64
 
+    @property
+    def whole_below(self) -> int:
+        """Documents of at most this many tokens are sooner computed whole than block by block."""
+        return 512
+
     def numbers_as_text(self) -> str:
         """Its numbers as a Python literal, for operators, which take no objects."""
         return "{" + ", ".join(f"{name!r}: {getattr(self, name)!r}" for name in self.__dataclass_fields__) + "}"
@@ -92,6 +100,8 @@ class Full(Pattern):
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
     """
+
+    sees_itself = True
 
     def sees(self, head, query, key):
         return torch.ones((), dtype=torch.bool, device=query.position.device)
@@ -127,6 +137,7 @@ class SlidingWindow(Pattern):
     window_radius: int | None = None
     dilation: int = 1
     options = ("window_radius", "dilation")
+    sees_itself = True
 
     def __post_init__(self):
         check_number(
@@ -174,6 +185,10 @@ class Longformer(Pattern):
     queries: str = "all"
     options = ("window_radius", "num_global_tokens", "global_projections")
     reads_global = True
+
+    @property
+    def sees_itself(self):
+        return self.queries == "all"
 
     @classmethod
     def numbers(cls, config, layer):
@@ -252,6 +267,7 @@ class BigBird(Pattern):
     layer: int = 0
     options = ("block_size", "block_radius", "num_global_blocks", "num_random_blocks", "random_blocks_seed")
     per_head = True
+    sees_itself = True
     streams = False
 
     def __post_init__(self):

@@ -74,9 +74,37 @@ class RotateHalves(nn.Module):
 
     @staticmethod
     def rotate(x, cos, sin):
+        """x (R, N, H, d_k), cos and sin (R, N, 1, r / 2); features after the first r stay as they are."""
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        if not torch.compiler.is_compiling():
+            return Rotate.apply(x, cos, sin)
         half = cos.shape[-1]
-        first, second, rest = x.to(cos.dtype).split((half, half, x.shape[-1] - 2 * half), dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
+        first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+class Rotate(torch.autograd.Function):
+    """`RotateHalves.rotate` without a concatenation: each half is written where it belongs."""
+
+    @staticmethod
+    def forward(x, cos, sin):
+        half, out = cos.shape[-1], torch.empty_like(x)
+        (first, second), (to_first, to_second) = (y[..., : 2 * half].split(half, dim=-1) for y in (x, out))
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+        if 2 * half < x.shape[-1]:
+            out[..., 2 * half :] = x[..., 2 * half :]
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The rotation back."""
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad, cos, -sin), None, None
 
 
 _NEEDED = {

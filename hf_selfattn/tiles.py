@@ -14,6 +14,10 @@ OPERATORS = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 saved with a model) do not replace each other's."""
 
 
+WHOLE_BELOW = 512
+"""Documents of at most this many tokens are computed whole, and need no table of blocks."""
+
+
 class TileMask(NamedTuple):
     """Who sees whom, as the tiled kernel needs it.
 
@@ -21,6 +25,7 @@ class TileMask(NamedTuple):
         visited: bool (R, 1 or H, query blocks + 1, key blocks + 1), False where no token sees any of the other block.
         whole: of the same shape, True where every token of the one sees every token of the other.
         block_size: tokens in a block; the last block may be shorter.
+        whole_below: documents of at most this many tokens are computed whole, and their blocks are not visited.
         pattern: what decides within a block.
         query, key: Tokens (R, N) and (R, K).
         heads: the numbers of these heads in the whole model.
@@ -30,6 +35,7 @@ class TileMask(NamedTuple):
     visited: torch.Tensor
     whole: torch.Tensor
     block_size: int
+    whole_below: int
     pattern: object
     query: Tokens
     key: Tokens
@@ -45,6 +51,12 @@ def mask(
     if values_can_be_read(query.position):
         # A short text is one block; while a graph is traced, its length may stand for any.
         block_size = min(block_size, max(query.position.shape[1], key.position.shape[1], 1))
+    # With a memory a text sees more than its own tokens, and a mask of pairs is read block by block.
+    whole_below = min(pattern.whole_below, WHOLE_BELOW) if key is query and user_mask is None else 0
+    if whole_below and values_can_be_read(query.position):
+        whole_below = (
+            int(query.length.masked_fill(~is_short(query, whole_below), 0).max()) if query.length.numel() else 0
+        )
     visited, whole = visit_table(
         [x for x in query if x is not None],
         [x for x in key if x is not None],
@@ -55,8 +67,9 @@ def mask(
         heads.start,
         len(heads) if pattern.per_head else 1,
         block_size,
+        whole_below,
     )
-    return TileMask(visited, whole, block_size, pattern, query, key, heads, user_mask)
+    return TileMask(visited, whole, block_size, whole_below, pattern, query, key, heads, user_mask)
 
 
 @torch.library.custom_op(f"{OPERATORS}::visit_table", mutates_args=())
@@ -70,6 +83,7 @@ def visit_table(
     first_head: int,
     num_heads: int,
     block_size: int,
+    whole_below: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`TileMask.visited` and `.whole`, as an operator, so that a traced graph has no arithmetic on their sizes.
 
@@ -78,6 +92,8 @@ def visit_table(
     """
     pattern = PATTERNS[pattern](**ast.literal_eval(pattern_numbers))
     query, key = tokens_from(query_tokens, fields), tokens_from(key_tokens, fields)
+    if whole_below:
+        query = key = without_short(query, whole_below)
     visited, whole = look_at_blocks(pattern, query, key, range(first_head, first_head + num_heads), block_size)
     if user_mask is not None:
         some, every = _in_blocks(user_mask, block_size)
@@ -86,7 +102,7 @@ def visit_table(
 
 
 @visit_table.register_fake
-def _(query_tokens, key_tokens, user_mask, fields, pattern, pattern_numbers, first_head, num_heads, block_size):
+def _(query_tokens, key_tokens, user_mask, fields, pattern, pattern_numbers, first_head, num_heads, block_size, _):
     (rows, queries), keys = query_tokens[0].shape, key_tokens[0].shape[1]
     sizes = (rows, num_heads, *((length + block_size - 1) // block_size + 1 for length in (queries, keys)))
     return tuple(query_tokens[0].new_empty(sizes, dtype=torch.bool) for _ in range(2))
@@ -130,6 +146,31 @@ def look_at_blocks(
     return visited, whole
 
 
+def is_short(tokens: Tokens, whole_below: int) -> torch.Tensor:
+    """bool (R, N): real tokens of documents that are computed whole."""
+    return (tokens.document >= 0) & (tokens.length <= whole_below)
+
+
+def without_short(tokens: Tokens, whole_below: int) -> Tokens:
+    """The same, with documents that are computed whole as padding."""
+    return tokens._replace(document=tokens.document.masked_fill(is_short(tokens, whole_below), -1))
+
+
+def all_see_all(pattern, head: torch.Tensor, tokens: Tokens) -> bool:
+    """Whether it is known of documents, each a row of (R, N) without padding, that each token sees each of its own.
+
+    Args:
+        head: (1, H, 1, 1).
+    """
+    low, high = block_bounds(tokens, tokens.document.shape[1])
+    queries = tuple(x.at((slice(None), None, slice(None), None)) for x in (low, high))
+    keys = tuple(x.at((slice(None), None, None)) for x in (low, high))
+    whole = pattern.all_see(head, queries, keys)
+    if pattern.causal:
+        whole = whole & (high.position == low.position).all()
+    return bool(whole.all())
+
+
 def _filled(tokens: Tokens, block_size: int) -> torch.Tensor:
     """(R, blocks): whether a block has no padding."""
     return pad_to_blocks(tokens.document, block_size, -1).amin(-1) >= 0
@@ -141,7 +182,7 @@ def block_bounds(tokens: Tokens, block_size: int) -> tuple[Tokens, Tokens]:
     A block without real tokens has document bounds that meet no document.
     """
     real = tokens.document >= 0
-    greatest = torch.iinfo(torch.int64).max
+    greatest = torch.iinfo(torch.int32).max  # pad takes its value as a double, which cannot hold all of int64
     low, high = [], []
     for field in tokens:
         if field is None:

@@ -249,13 +249,25 @@ class TestPooling:
         closed = {"input_ids": batch["input_ids"][..., holes.bool()]}
         assert_close(model(**batch).logits, model(**closed).logits, "logits")
 
-    def test_several_documents_in_a_row_are_refused(self, make, head):
-        batch = {"input_ids": make_batch(head)["input_ids"]}
+    @pytest.mark.parametrize("pooling", POOLS)
+    def test_several_documents_in_a_row(self, make, head, pooling):
+        """An answer for each document, row by row; multiple choice, which has one text for a choice, refuses them."""
+        model, batch = make(head, pooling=pooling), {"input_ids": make_batch(head)["input_ids"]}
         batch["position_ids"] = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5]).expand_as(batch["input_ids"])
-        with pytest.raises(
-            ValueError, match=r"one answer for each row, got rows that hold several.*one document in each"
-        ):
-            make(head)(**batch)
+        if head == "multiple_choice":
+            with pytest.raises(ValueError, match=r"one text for each choice, got 24 documents.*one document in each"):
+                model(**batch)
+            return
+        alone = [model(text[None]).logits[0] for row in batch["input_ids"] for text in row.split([3, 6])]
+        assert_close(model(**batch).logits, torch.stack(alone), "logits")
+        # In the grid, which weights are asked for in, and with padding that is no document.
+        assert_close(model(**batch, output_attentions=True).logits, torch.stack(alone), "logits")
+        real = torch.ones_like(batch["input_ids"])
+        real[0, 3:] = 0
+        starts = torch.arange(0, real.numel() + 1, N).unsqueeze(1) + torch.tensor([0, 3])
+        padded = {"attention_mask": real, "cu_seq_lens_q": starts.flatten()[:-1]}
+        kept = torch.stack([alone[0], *alone[2:]])
+        assert_close(model(batch["input_ids"], **padded).logits, kept, "logits")
 
     def test_position_ids_of_one_document_are_accepted(self, make, head):
         model, batch = make(head), {"input_ids": make_batch(head)["input_ids"]}

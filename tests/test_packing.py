@@ -12,6 +12,7 @@ from hf_selfattn import (
 from hf_selfattn.packing import read_batch
 
 from . import reference
+from .conftest import FORMS
 from .tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -227,3 +228,51 @@ def test_selected_hidden_states(selected, form, make_config, make_model, lay_out
     wanted = {number % 3 for number in (selected if isinstance(selected, list) else [selected])}
     assert [number for number, state in enumerate(some) if state is not None] == sorted(wanted)
     assert all(torch.equal(some[number], everything[number]) for number in wanted)
+
+
+# The two forms of a batch
+
+
+def test_both_forms_give_the_same(choice, kernel, request, make_config, make_model, lay_out):
+    """The real tokens alone, and the grid, which weights are asked for in: hidden states and all gradients.
+
+    Ways to lay documents out in turn, so that each occurs with many choices.
+    """
+    config = make_config(*choice)
+    if unsupported_reasons(config, kernel):
+        return
+    form = list(FORMS)[request.node.callspec.indices["choice"] % len(FORMS)]
+    documents = draw_ids(LENGTHS)
+    layout = lay_out(form, LENGTHS)
+    ids = layout.put(documents)
+    found = []
+    for more in ({}, {"output_attentions": True}):
+        model = make_model(config, kernel)
+        with torch.set_grad_enabled(kernel != "flex_attention"):
+            outputs = model(ids, **layout.inputs, **more, output_hidden_states=True)
+        if kernel != "flex_attention":
+            outputs.last_hidden_state.square().mean().backward()
+        found.append((outputs.hidden_states, [x.grad for x in model.parameters()]))
+    (states, gradients), (expected, expected_gradients) = found
+    for actual, other in zip(states, expected, strict=True):
+        assert_close(actual, other, "hidden states")
+    for actual, other in zip(gradients, expected_gradients, strict=True):
+        if other is not None:
+            assert_close(actual, other, "gradient")
+
+
+@pytest.mark.parametrize("kernel", ["eager", "selfattn"])
+def test_layers_see_real_tokens_alone(kernel, make_config, make_model, lay_out):
+    model, seen = make_model(make_config(), kernel), []
+    model.layers[0].register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    layout = lay_out("padded_right", LENGTHS)
+    model(layout.put(draw_ids(LENGTHS)), **layout.inputs)
+    assert seen == [(1, sum(LENGTHS), model.config.hidden_size)]
+
+
+def test_a_batch_without_a_real_token(kernel, make_config, make_model):
+    model = make_model(make_config(), kernel)
+    with torch.no_grad():
+        outputs = model(torch.ones(2, 5, dtype=torch.long), attention_mask=torch.zeros(2, 5, dtype=torch.bool))
+    assert (outputs.last_hidden_state == 0).all()
+    assert outputs.last_hidden_state.shape[:2] == (2, 5)

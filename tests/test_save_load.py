@@ -58,6 +58,7 @@ CODE = {
     "kernels_dense.py",
     "kernels_eager.py",
     "kernels_flex.py",
+    "kernels_rows.py",
     "kernels_selfattn.py",
     "kernels_stock.py",
     "layers.py",
@@ -76,6 +77,7 @@ CODE = {
     "positions_rotary.py",
     "scores.py",
     "tile_math.py",
+    "tile_roads.py",
     "tiles.py",
 }
 """The files of the package that travel with a model. A new one must be added here, so that none travels unnoticed."""

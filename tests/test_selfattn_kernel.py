@@ -31,13 +31,14 @@ from hf_selfattn import (
     kernels_stock,
     register_pattern,
     tile_math,
+    tile_roads,
 )
 from hf_selfattn.packing import read_batch
 from hf_selfattn.patterns import BigBird, Full, Longformer, SlidingWindow
 from hf_selfattn.scores import Scoring
 from hf_selfattn.tiles import mask as tile_mask
 
-from .small_tiles import use_small_tiles
+from .small_tiles import use_blocks, use_small_tiles
 from .tolerances import assert_close
 
 VOCABULARY = 43
@@ -209,9 +210,9 @@ class TestDropout:
 
     def test_layers_draw_for_themselves(self, make_config, make_model, monkeypatch):
         seeds = []
-        original = tile_math.Tiling.kept
+        original = tile_roads.Road.kept
         monkeypatch.setattr(
-            tile_math.Tiling, "kept", lambda self, tile: seeds.append(int(self.problem.seed)) or original(self, tile)
+            tile_roads.Road, "kept", lambda self, tile: seeds.append(int(self.problem.seed)) or original(self, tile)
         )
         make_model(make_config(attention_dropout=RATE, num_hidden_layers=3), "selfattn").train()(draw_ids(1, 5))
         assert len(set(seeds)) == 3
@@ -340,7 +341,7 @@ def imported_copy(tmp_path, monkeypatch):
     code = (folder / "kernels_selfattn.py").read_text()
     for old, new in [
         ("return forward(problem,", "return tuple(x * 0 for x in forward(problem,"),
-        ("bias_query, sink)\n\n\n@tiled_attention.reg", "bias_query, sink))\n\n\n@tiled_attention.reg"),
+        ("sink, keep_weights)\n\n\n@tiled_attention.reg", "sink, keep_weights))\n\n\n@tiled_attention.reg"),
         ("return [x.contiguous() for", "return [x.contiguous() * 0 for"),
     ]:
         assert code.count(old) == 1
@@ -446,16 +447,15 @@ def test_sums_are_fp32(half):
 def scores_computed(pattern, length, heads=1, **batch):
     """How many scores one forward computes for one head, and the most that it holds at once."""
     counts = []
-    original = tile_math.Tiling.scores
+    original = tile_math._read_key
 
-    def counting(self, *args):
-        scores = original(self, *args)
-        counts.append(scores.numel())
-        return scores
+    def counting(road, step):
+        counts.append(step.query_places.numel() * step.key_places.shape[-1] * road.problem.block_size**2)
+        return original(road, step)
 
     x = torch.zeros(1, length, heads, 1)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(tile_math.Tiling, "scores", counting)
+        patch.setattr(tile_math, "_read_key", counting)
         kernels_selfattn.attend(x, x, x, mask_of(pattern, length, heads=heads, **batch), SCALED)
     return sum(counts) // heads, max(counts)
 
@@ -494,7 +494,8 @@ class TestCost:
         mask = mask_of(SlidingWindow(window_radius=256), 1280)
         assert (mask.visited.sum(), mask.whole.sum()) == (20 + 2 * (19 + 18 + 17 + 16), 20 + 2 * (19 + 18 + 17))
 
-    def test_padding_and_other_documents_are_not_visited(self):
+    def test_padding_and_other_documents_are_not_visited(self, monkeypatch):
+        use_blocks(monkeypatch)
         half = (torch.arange(1024) < 512)[None]
         assert mask_of(Full(), 1024, padding_mask=half).visited.sum() == 4 * 4
         assert mask_of(Full(), 1024, cu_seq_lens=torch.arange(0, 1025, 128)).visited.sum() == 8
@@ -518,7 +519,7 @@ class TestCost:
     @pytest.mark.parametrize("pattern", [Full(), SlidingWindow(window_radius=64)], ids=["full", "window"])
     def test_scores_held_at_once_do_not_grow(self, pattern):
         for length in (1024, 4096):
-            assert scores_computed(pattern, length)[1] <= tile_math.SCORES_AT_ONCE
+            assert scores_computed(pattern, length)[1] <= tile_roads.SCORES_AT_ONCE
 
     def test_nothing_larger_than_the_inputs_is_kept_for_the_backward(self):
         """Of 1024 tokens one score for each pair would be a million numbers."""

@@ -7,7 +7,6 @@ from torch.utils.data import BatchSampler
 from transformers import AutoModelForMaskedLM
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_selfattn.tools import training
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.training import CheckedTrainer, EpochSampler, Rows, ScriptArguments, prepare_output_dir
 
@@ -144,24 +143,6 @@ def test_without_a_checkpoint_the_message_says_so(tmp_path):
     trainer = make_trainer(tmp_path, save_strategy="no", learning_rate=1e30)
     with pytest.raises(FloatingPointError, match="There is no checkpoint yet"):
         trainer.train()
-
-
-def test_bf16_on_a_machine_without_accelerator_uses_the_cpu(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(training, "accelerator_available", lambda: False)
-    arguments = ScriptArguments(output_dir=str(tmp_path), bf16=True)
-    assert arguments.use_cpu
-    with caplog.at_level("INFO"):
-        training.start_logging(arguments)
-    assert caplog.messages == ["There is no accelerator: bf16 runs on the CPU (use_cpu is set)."]
-
-
-@pytest.mark.parametrize("amx", [True, False])
-def test_bf16_is_the_default_where_it_is_fast(tmp_path, monkeypatch, amx):
-    monkeypatch.setattr(training, "accelerator_available", lambda: False)
-    monkeypatch.setattr(training, "is_torch_bf16_gpu_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert ScriptArguments(output_dir=str(tmp_path)).bf16 == amx
-    assert not ScriptArguments(output_dir=str(tmp_path), bf16=False).bf16
 
 
 def test_two_runs_are_not_mixed(tmp_path):

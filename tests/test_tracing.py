@@ -88,7 +88,8 @@ def check_training_step(config, make_model, backend="aot_eager", dtype=torch.flo
     model, plain = (make_model(config, None, dtype, SelfAttnForMaskedLM).train() for _ in range(2))
     outputs, expected = compiled(model, backend)(**inputs), plain(**inputs)
     assert_close(outputs.loss, expected.loss)
-    assert_close(outputs.logits, expected.logits)
+    assert outputs.logits is None
+    assert expected.logits is None
     outputs.loss.backward()
     expected.loss.backward()
     assert_same_gradients(model, plain)

@@ -151,7 +151,8 @@ def test_pairs_and_numbers(tmp_path):
     assert (config.num_labels, config.problem_type) == (1, "regression")
 
 
-def test_words(tmp_path):
+@pytest.mark.parametrize("packing", ["false", "true"], ids=["padded", "packed"])
+def test_words(packing, tmp_path):
     rows = []
     for text in sentences(120):
         words = text.replace(",", " ,").split(" ")
@@ -165,12 +166,38 @@ def test_words(tmp_path):
         "--do_predict",
         "--num_train_epochs",
         "4",
+        "--packing",
+        packing,
+        "--max_seq_length",
+        "64",
+        *(["--per_device_train_batch_size", "4"] if packing == "true" else []),
     )
     assert scores["eval_f1"] > 0.5
     for line, row in zip(lines_of(tmp_path / "out"), rows[-7:], strict=True):
         assert line["words"] == row["words"]
         assert len(line["prediction"]) == len(row["words"])
     assert set(AutoConfig.from_pretrained(tmp_path / "out").label2id) == {"B-NUM", "O"}
+
+
+def test_texts_that_share_rows(tmp_path):
+    scores = finetune(
+        "text-classification",
+        tmp_path / "out",
+        "--model_name_or_path",
+        tiny_model_folder(),
+        *split_files(tmp_path, classified()),
+        "--label_column",
+        "topic",
+        "--packing",
+        "true",
+        "--max_seq_length",
+        "64",
+        "--per_device_train_batch_size",
+        "4",
+        "--num_train_epochs",
+        "4",
+    )
+    assert scores["eval_accuracy"] > 0.8
 
 
 def test_questions(tmp_path):
@@ -263,6 +290,15 @@ class TestBadInput:
         rows = [*self.rows[:-1], {"text": "new", "topic": "foood"}]
         message = r"labels that the training data never has: 'foood' \(1x\) Did you mean 'food'"
         self.refused(ValueError, message, "--label_column", "topic", rows=rows)
+
+    def test_tasks_whose_texts_cannot_share_a_row(self):
+        rows = [{"context": text, "ending0": "a", "ending1": "b", "label": 1} for text in sentences(60)]
+        message = "--packing true is not possible: the choices of a row belong together. Use --packing false."
+        self.refused(ValueError, message, "--packing", task="multiple-choice", rows=rows)
+        answers = {"text": ["the"], "answer_start": [0]}
+        rows = [{"context": f"the {text}", "question": "what", "answers": answers} for text in sentences(60)]
+        message = "not possible: an answer is a place in a row of its own"
+        self.refused(ValueError, message, "--packing", task="question-answering", rows=rows)
 
     def test_an_unknown_task(self):
         self.refused(

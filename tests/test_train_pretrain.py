@@ -162,11 +162,31 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(corpus, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_rows_are_filled_with_documents_in_training_alone(corpus, tmp_path):
+    options = ["--tokenizer_name", tiny_tokenizer_folder(), "--max_seq_length", "64", "--num_shown", "0"]
+    counting = ["--include_num_input_tokens_seen", "non_padding"]
+    scores, seen = {}, {}
+    for packing in ("true", "false"):
+        scores[packing] = pretrain(corpus, tmp_path / packing, *options, *counting, "--packing", packing)
+        state = json.loads((tmp_path / packing / "trainer_state.json").read_text())
+        seen[packing] = state["num_input_tokens_seen"] / (6 * 16 * 64)
+        scores[packing] |= json.loads((tmp_path / packing / "all_results.json").read_text())
+    assert seen["true"] > 0.8  # an epoch ends with a batch of fewer rows
+    assert seen["false"] < 0.2
+    for name in ("eval_masked_tokens", "eval_unigram_loss", "eval_unigram_accuracy", "train_tokens", "train_rows"):
+        assert scores["true"][name] == scores["false"][name]
+    default = pretrain(corpus, tmp_path / "default", *options)
+    assert default["eval_loss"] == scores["true"]["eval_loss"]
+
+
 def test_an_existing_encoder_of_transformers_trains_too(corpus, tmp_path):
     overrides = TINY + ",model_type=bert,max_position_embeddings=48"
-    scores = pretrain(corpus, tmp_path, "--tokenizer_name", tiny_tokenizer_folder(), "--config_overrides", overrides)
+    options = ["--tokenizer_name", tiny_tokenizer_folder(), "--config_overrides", overrides]
+    scores = pretrain(corpus, tmp_path, *options)
     assert scores["eval_loss"] < 10
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)).__name__ == "BertForMaskedLM"
+    with pytest.raises(ValueError, match="--packing true is not possible: a bert model lets the documents"):
+        pretrain(corpus, tmp_path / "packed", *options, "--packing", "true")
 
 
 class TestBadInput:

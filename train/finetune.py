@@ -11,6 +11,7 @@ r"""Fine-tune an encoder, or train one from scratch, on a task.
 Tasks: text-classification (one label, or lists of labels), text-regression, token-classification, question-answering,
 multiple-choice; texts or pairs. A recipe is a flat YAML file of the same options; the command line wins. The best
 checkpoint on the validation data is kept. Without --model_name_or_path a new model is made (see pretrain.py).
+--packing fills training rows with several texts, where a task's answers are those of texts or tokens.
 """
 
 import json
@@ -24,6 +25,7 @@ from hf_selfattn.tools.baselines import baseline_accuracies
 from hf_selfattn.tools.card import write_card
 from hf_selfattn.tools.checkpoints import checkpoint_to_resume
 from hf_selfattn.tools.curve import draw_training_curve
+from hf_selfattn.tools.fast_defaults import log_kernel
 from hf_selfattn.tools.opening import (
     ModelArguments,
     check_source_of_model,
@@ -31,6 +33,7 @@ from hf_selfattn.tools.opening import (
     open_model,
     prepare_tokenizer,
 )
+from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator, choose_packing
 from hf_selfattn.tools.recipes import nearest, parse_arguments
 from hf_selfattn.tools.sources import SourceArguments, load_source, take
 from hf_selfattn.tools.task_choices import MultipleChoice
@@ -104,6 +107,7 @@ def main(argv=None):
         splits = sampled(splits, source, training.seed)
         tokenizer = prepare_tokenizer(model_arguments, training, task.texts(splits["train"]), resume_from)
         config = open_config(model_arguments, tokenizer, **task.config_changes())
+        packing = choose_packing(arguments.packing, config, training, *task.no_packing)
         length = window_length(arguments.max_seq_length, tokenizer, config)
         encoder = task.encoder(tokenizer, config, length)
         model = open_model(task.auto_class, model_arguments, config, tokenizer)
@@ -112,15 +116,21 @@ def main(argv=None):
             features[split] = task.features(rows, encoder, labelled=split != "test" or task.is_labelled(rows))
             check_token_ids(features[split], config.vocab_size)
 
+    log_kernel(model.config, training, model_arguments.attn_implementation)
+
+    train_rows, collator = Rows(features["train"]), task.collator(tokenizer)
+    if packing:
+        train_rows, collator = PackedRows(train_rows, length, training.seed), PackingCollator(collator, length)
     if training.metric_for_best_model == "task":
         training.metric_for_best_model = f"eval_{task.best_metric}"
     trainer = CheckedTrainer(
         model=model,
         args=training,
-        train_dataset=Rows(features["train"]),
+        train_dataset=train_rows,
         eval_dataset=Rows(features["validation"]),
         processing_class=tokenizer,
-        data_collator=task.collator(tokenizer),
+        data_collator=collator,
+        eval_collator=task.collator(tokenizer),
         compute_metrics=task.compute_metrics(splits["validation"], features["validation"]),
     )
     if training.do_train:

@@ -10,7 +10,8 @@ r"""Pretrain an encoder by masked language modelling.
 
 A recipe is a flat YAML file of the same options; the command line wins. Without --model_name_or_path a new model is
 made (SelfAttnConfig, or --config_file, changed by --config_overrides); without a tokenizer one is trained on the data.
-Each document, or window of a long one, is a row of its own. Evaluation uses the same masks every time.
+Rows are filled with documents, or windows of long ones, and none sees another (--packing false: one a row, padded);
+--per_device_train_batch_size counts rows. Evaluation has one document a row and uses the same masks every time.
 """
 
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from hf_selfattn.tools.card import write_card
 from hf_selfattn.tools.checkpoints import checkpoint_to_resume
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.curve import draw_training_curve
+from hf_selfattn.tools.fast_defaults import log_kernel
 from hf_selfattn.tools.masked_lm import MaskedTokenMetrics, show_predictions
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model, open_config, open_model, prepare_tokenizer
+from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator, choose_packing
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
 from hf_selfattn.tools.tokenizer import save_tokenizer
@@ -50,6 +53,11 @@ class PretrainingArguments:
     long_texts: str = field(
         default="split", metadata={"help": "What is done with longer texts: split (into windows), truncate or refuse."}
     )
+    packing: bool | None = field(
+        default=None,
+        metadata={"help": "Whether training rows are filled with documents; without it: yes, for models that keep "
+                          "documents apart."},
+    )  # fmt: skip
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in training."})
     eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in evaluation."})
     num_shown: int = field(default=4, metadata={"help": "Masked sentences shown after training."})
@@ -85,19 +93,23 @@ def main(argv=None):
         splits["validation"] = take(splits["validation"], source.max_eval_samples, training.seed)
         tokenizer = prepare_tokenizer(model_arguments, training, iter(splits["train"][column]), resume_from)
         config = open_config(model_arguments, tokenizer)
+        packing = choose_packing(arguments.packing, config, training)
         length = window_length(arguments.max_seq_length, tokenizer, config)
         model = open_model(AutoModelForMaskedLM, model_arguments, config, tokenizer, masks=True)
         rows = prepare_rows(splits, column, tokenizer, length, arguments, config.vocab_size)
+    log_kernel(model.config, training, model_arguments.attn_implementation)
 
-    masking = MaskingCollator(tokenizer, arguments.mlm_probability, training.seed)
+    train_rows, collator = Rows(rows["train"]), MaskingCollator(tokenizer, arguments.mlm_probability, training.seed)
+    if packing:
+        train_rows, collator = PackedRows(train_rows, length, training.seed), PackingCollator(collator, length)
     metrics = MaskedTokenMetrics(tokenizer, token_counts(rows["train"], config.vocab_size))
     trainer = CheckedTrainer(
         model=model,
         args=training,
-        train_dataset=Rows(rows["train"]),
+        train_dataset=train_rows,
         eval_dataset=Rows(rows["validation"]),
         processing_class=tokenizer,
-        data_collator=masking,
+        data_collator=collator,
         eval_collator=MaskingCollator(tokenizer, arguments.eval_mlm_probability, training.seed),
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.sums_of_rows,

@@ -24,13 +24,41 @@ def hashed_uniforms(*keys):
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def pad_rows(rows, value, multiple=1, dtype=np.int64):
-    """(B, N) array of rows of unequal length, filled up to the right; N is a multiple of `multiple`."""
-    longest = max(len(row) for row in rows)
-    padded = np.full((len(rows), -(-longest // multiple) * multiple), value, dtype=dtype)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-    return padded
+def is_list(value):
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+
+
+def lengths_of(rows):
+    """(B,) tokens of each row."""
+    return np.array([len(row["input_ids"]) for row in rows])
+
+
+def joined(rows, name):
+    """(T,) int64: the values of a column with one value a token, row after row."""
+    for row in rows:
+        if len(row[name]) != len(row["input_ids"]):
+            raise ValueError(
+                f"Column {name!r} has one value for each token, got {len(row[name])} values in a row of "
+                f"{len(row['input_ids'])} tokens. Use -100 where a token has no label."
+            )
+    return np.concatenate([np.asarray(row[name], dtype=np.int64) for row in rows])
+
+
+def padded(columns, lengths, multiple=1):
+    """Columns with one value a token, and `attention_mask`, as (B, N) tensors, filled up to the right.
+
+    Args:
+        columns: name -> (the values (T,), what stands at padding).
+        lengths: (B,) tokens of each row, T in all.
+        multiple: N is a multiple of it.
+    """
+    real = np.arange(-(-lengths.max() // multiple) * multiple) < lengths[:, None]
+    batch = {}
+    for name, (values, fill) in columns.items():
+        grid = np.full(real.shape, fill, dtype=np.int64)
+        grid[real] = values
+        batch[name] = torch.from_numpy(grid)
+    return {**batch, "attention_mask": torch.from_numpy(real.astype(np.int64))}
 
 
 @dataclass
@@ -41,7 +69,7 @@ class MaskingCollator:
     labels; of these 80 % are replaced by [MASK], 10 % by a random token, 10 % stay (Devlin et al. 2019, section 3.1).
     Special tokens are never chosen. The choice is a function of (seed, epoch, example_id, position): it does not
     depend on the batch, the number of workers or processes, or on any random state, and is the same in each
-    evaluation, where the epoch is always 0.
+    evaluation, where the epoch is always 0, and in rows that hold several documents (`PackingCollator`).
     """
 
     tokenizer: object
@@ -58,29 +86,38 @@ class MaskingCollator:
         self.ordinary = vocabulary[~self.special[vocabulary]]
 
     def __call__(self, rows):
-        ids = pad_rows([row["input_ids"] for row in rows], self.tokenizer.pad_token_id, self.pad_to_multiple_of)
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        real = np.arange(ids.shape[1]) < lengths[:, None]
-        masked, labels = self.mask(
-            ids, real, np.array([row["example_id"] for row in rows]), np.array([row["epoch"] for row in rows])
-        )
-        return {
-            "input_ids": torch.from_numpy(masked),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)),
-            "labels": torch.from_numpy(labels),
-        }
+        of_tokens, _ = self.flat(rows)
+        return padded(of_tokens, lengths_of(rows), self.pad_to_multiple_of)
 
-    def mask(self, ids, real, example_ids, epochs):
-        """(ids after masking, labels), both (B, N); labels are -100 where nothing is asked."""
-        position = np.arange(ids.shape[1])
-        keys = (self.seed, epochs[:, None], example_ids[:, None])
-        maskable = real & ~self.special[ids]
-        order = np.where(maskable, hashed_uniforms(*keys, position, 0), np.inf)
-        rank = order.argsort(1).argsort(1)
-        wanted = self.mlm_probability * maskable.sum(1, keepdims=True) + hashed_uniforms(*keys, -1, 1)
-        chosen = maskable & (rank < np.floor(wanted))
-        action = hashed_uniforms(*keys, position, 2)
-        random = self.ordinary[(hashed_uniforms(*keys, position, 3) * len(self.ordinary)).astype(np.int64)]
+    def flat(self, rows):
+        """({column: (one value a token, fill at padding)}, {}): what stands in a batch, before it has a shape."""
+        if "example_id" not in rows[0]:
+            raise ValueError(
+                "A mask is a function of `example_id` and `epoch`, and the rows have only "
+                f"{', '.join(rows[0])}. Wrap the data set in hf_selfattn.tools.training.Rows."
+            )
+        example_ids, epochs = (np.array([row[name] for row in rows]) for name in ("example_id", "epoch"))
+        masked, labels = self.mask(joined(rows, "input_ids"), lengths_of(rows), example_ids, epochs)
+        return {"input_ids": (masked, self.tokenizer.pad_token_id), "labels": (labels, -100)}, {}
+
+    def mask(self, ids, lengths, example_ids, epochs):
+        """(ids after masking, labels), both (T,); labels are -100 where nothing is asked.
+
+        Args:
+            ids: (T,) token ids, row after row.
+            lengths, example_ids, epochs: (B,), one value a row.
+        """
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        keys = (self.seed, epochs[row], example_ids[row], position)
+        maskable = ~self.special[ids]
+        rank = np.empty(len(ids), dtype=np.int64)  # of a token among the maskable ones of its row
+        rank[np.lexsort((np.where(maskable, hashed_uniforms(*keys, 0), np.inf), row))] = position
+        wanted = self.mlm_probability * np.bincount(row, maskable, len(lengths))
+        wanted = np.floor(wanted + hashed_uniforms(self.seed, epochs, example_ids, -1, 1))
+        chosen = maskable & (rank < wanted[row])
+        action = hashed_uniforms(*keys, 2)
+        random = self.ordinary[(hashed_uniforms(*keys, 3) * len(self.ordinary)).astype(np.int64)]
         masked = np.where(chosen & (action < 0.8), self.tokenizer.mask_token_id, ids)
         masked = np.where(chosen & (action >= 0.8) & (action < 0.9), random, masked)
         return masked, np.where(chosen, ids, -100)
@@ -100,26 +137,28 @@ class PaddingCollator:
     pad_to_multiple_of: int = 8
 
     def __call__(self, rows):
-        choices = len(rows[0]["input_ids"]) if isinstance(rows[0]["input_ids"][0], (list, np.ndarray)) else None
-        batch = {}
-        for name, fill in (("input_ids", self.tokenizer.pad_token_id), ("token_type_ids", 0)):
-            if name in rows[0]:
-                sequences = [s for row in rows for s in (row[name] if choices else [row[name]])]
-                padded = torch.from_numpy(pad_rows(sequences, fill, self.pad_to_multiple_of))
-                batch[name] = padded.unflatten(0, (len(rows), choices)) if choices else padded
-                if name == "input_ids":
-                    lengths = torch.tensor([len(sequence) for sequence in sequences])
-                    real = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-                    batch["attention_mask"] = real.unflatten(0, (len(rows), choices)) if choices else real
-        for name in self.columns:
-            if name in rows[0]:
-                batch[name] = self.labels([row[name] for row in rows], batch["input_ids"].shape[-1])
-        return batch
+        choices = len(rows[0]["input_ids"]) if is_list(rows[0]["input_ids"][0]) else None
+        if choices is None:
+            of_tokens, of_rows = self.flat(rows)
+            return {**padded(of_tokens, lengths_of(rows), self.pad_to_multiple_of), **of_rows}
+        names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
+        each = [{name: row[name][choice] for name in names} for row in rows for choice in range(choices)]
+        batch = padded(self.flat(each)[0], lengths_of(each), self.pad_to_multiple_of)
+        batch = {name: values.unflatten(0, (len(rows), choices)) for name, values in batch.items()}
+        return {**batch, **self.values_of_rows(rows)}
 
-    def labels(self, values, length):
-        if self.label_dtype == torch.int64 and isinstance(values[0], (list, np.ndarray)):
-            padded = np.full((len(values), length), -100, dtype=np.int64)
-            for target, row in zip(padded, values, strict=True):
-                target[: len(row)] = row
-            return torch.from_numpy(padded)
-        return torch.tensor(values, dtype=self.label_dtype)
+    def flat(self, rows):
+        """({column: (one value a token, fill at padding)}, {column: a tensor with one entry a row})."""
+        columns = {"input_ids": (joined(rows, "input_ids"), self.tokenizer.pad_token_id)}
+        if "token_type_ids" in rows[0]:
+            columns["token_type_ids"] = (joined(rows, "token_type_ids"), 0)
+        if "labels" in rows[0] and self.is_of_tokens(rows[0]["labels"]):
+            columns["labels"] = (joined(rows, "labels"), -100)
+        return columns, self.values_of_rows(rows)
+
+    def values_of_rows(self, rows):
+        names = [name for name in self.columns if name in rows[0] and not self.is_of_tokens(rows[0][name])]
+        return {name: torch.tensor([row[name] for row in rows], dtype=self.label_dtype) for name in names}
+
+    def is_of_tokens(self, value):
+        return self.label_dtype == torch.int64 and is_list(value)

@@ -49,6 +49,7 @@ class MultipleChoice(Task):
     pipeline_tag = "multiple-choice"
     best_metric = "accuracy"
     long_texts = ("refuse", "truncate")
+    no_packing = ("the choices of a row belong together",)
 
     def __init__(self, arguments, splits):
         super().__init__(arguments, splits)

@@ -63,6 +63,7 @@ class QuestionAnswering(Task):
     auto_class = AutoModelForQuestionAnswering
     pipeline_tag = "question-answering"
     best_metric = "f1"
+    no_packing = ("an answer is a place in a row of its own",)
 
     def __init__(self, arguments, splits):
         super().__init__(arguments, splits)

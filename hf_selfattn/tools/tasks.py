@@ -49,6 +49,7 @@ class TaskArguments:
         default=64, metadata={"help": "Tokens that two neighbouring windows of a question's context share."}
     )
     max_answer_length: int = field(default=30, metadata={"help": "Tokens of the longest answer."})
+    packing: bool = field(default=False, metadata={"help": "Whether training rows are filled with several texts."})
     baselines: bool = field(
         default=False,
         metadata={"help": "Whether to print the majority class and TF-IDF with logistic regression beside the model."},
@@ -112,6 +113,7 @@ class Task:
     pipeline_tag = None
     best_metric = None  # decides which checkpoint is the best
     long_texts = ("split", "truncate", "refuse")  # the first is the default
+    no_packing = ()  # why several of its texts cannot share a row
 
     def __init__(self, arguments, splits):
         self.arguments = arguments

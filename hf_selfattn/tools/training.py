@@ -16,15 +16,13 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
+from transformers.utils import logging
+
+from .fast_defaults import accelerator_available, bf16_in_hardware, optimizer_line
 
 logger = logging.get_logger(__name__)
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "numpy", "hf-selfattn")
-
-
-def accelerator_available():
-    return torch.accelerator.is_available() or is_torch_xla_available()
 
 
 @dataclass
@@ -37,7 +35,7 @@ class ScriptArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same in evaluation."})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Mixed precision in bf16; without it: where the hardware multiplies bf16 (GPUs, AMX)."},
+        metadata={"help": "Mixed precision in bf16; without it: where the hardware multiplies bf16."},
     )
     include_num_input_tokens_seen: str = field(
         default="no",
@@ -58,12 +56,17 @@ class ScriptArguments(TrainingArguments):
 
     def __post_init__(self):
         self.remarks = []  # what was decided here; said once logging is set up
+        if self.bf16 is None and self.fp16:
+            self.bf16 = False
         if self.bf16 is None:
-            amx = torch.cpu._is_amx_tile_supported() and not accelerator_available()
-            self.bf16 = not (self.fp16 or (self.use_cpu and not amx)) and (amx or is_torch_bf16_gpu_available())
+            self.bf16, why = bf16_in_hardware(on_cpu=self.use_cpu or not accelerator_available())
+        else:
+            why = "as asked"
+        precision = "bf16 mixed" if self.bf16 else "fp16 mixed" if self.fp16 else "fp32"
+        self.remarks.append(f"precision: {precision} ({why})")
         if self.bf16 and not accelerator_available() and not self.use_cpu:
             self.use_cpu = True
-            self.remarks = ["There is no accelerator: bf16 runs on the CPU (use_cpu is set)."]
+            self.remarks.append("There is no accelerator: bf16 runs on the CPU (use_cpu is set).")
         self.dataloader_pin_memory = self.dataloader_pin_memory and accelerator_available()
         if self.remove_unused_columns:
             raise ValueError(
@@ -74,6 +77,7 @@ class ScriptArguments(TrainingArguments):
                 "--do_eval must stay on: the report is made from it. Lower --max_eval_samples to save time."
             )
         super().__post_init__()
+        self.remarks.append(optimizer_line(self))
 
 
 def start_logging(arguments):
@@ -113,12 +117,13 @@ class Rows(torch.utils.data.Dataset):
     plain index is epoch 0. accelerate calls `set_epoch` at the beginning of each.
     """
 
+    are_alike = False  # whether rows are of one length, so that nothing is gained by grouping them
     COLUMNS = ("input_ids", "token_type_ids", "labels", "start_positions", "end_positions")
 
     def __init__(self, rows):
         self.rows = rows.select_columns([name for name in self.COLUMNS if name in rows.column_names])
         self.epoch = 0
-        self.lengths = np.asarray(rows.with_format("numpy")["length"]) if "length" in rows.column_names else None
+        self.lengths = np.asarray(rows.with_format("numpy")["length"][:]) if "length" in rows.column_names else None
 
     def __len__(self):
         return len(self.rows)
@@ -208,6 +213,7 @@ class CheckedTrainer(Trainer):
         arguments = self.args
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
         by_length = arguments.train_sampling_strategy == "group_by_length" and rows.lengths is not None
+        by_length = by_length and not rows.are_alike
         step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         return EpochSampler(rows, seed, step if by_length else None)
 
