@@ -5,7 +5,7 @@
     python benchmarks/scaling.py --picture benchmarks/results/scaling.json docs/scaling.png
 
 Base models without a head, 2 layers of 128, B = 1, dropout 0; forward, sum of squares, backward. One thread, models in
-turn, medians. Windows see 64 tokens on either side in all models that have them; BigBird has its published blocks.
+turn, medians. BERT, Longformer and "learned" add a table of positions, the others turn query and key. Windows see 64 tokens on either side in all models that have them; BigBird has its published blocks.
 """
 
 import argparse
@@ -30,6 +30,12 @@ def make_config(name: str, length: int):
     if name.startswith("ours"):
         options = {
             "ours, window": {"attention_pattern": "sliding_window", "window_radius": 64},
+            "ours, window, learned": {
+                "attention_pattern": "sliding_window",
+                "window_radius": 64,
+                "position_encoding": "learned",
+                "max_position_embeddings": length,
+            },
             "ours, bigbird": {"attention_pattern": "bigbird"},
             "ours, full": {},
         }[name]
@@ -45,7 +51,7 @@ def make_config(name: str, length: int):
     return BigBirdConfig(**SIZE, **NO_DROPOUT, **positions, attention_type="block_sparse")
 
 
-WINDOWS = ("BERT, sdpa", "ModernBERT, window", "Longformer, window", "ours, window")
+WINDOWS = ("BERT, sdpa", "ModernBERT, window", "Longformer, window", "ours, window", "ours, window, learned")
 BIGBIRDS = ("BigBird", "ours, bigbird")
 MODELS = (*WINDOWS, *BIGBIRDS, "ours, full")
 BF16_CRASHES = ("BigBird",)
@@ -139,13 +145,13 @@ def main() -> None:
     peaks = {}
     for length in arguments.memory_lengths:
         for name in MODELS:
-            linear = name in ("Longformer, window", "ours, window", "ours, bigbird")
+            linear = name == "Longformer, window" or (name.startswith("ours") and name != "ours, full")
             if length <= arguments.longest_dense or linear:
                 peaks[f"{name} | {length}"] = peak_memory(__file__, "--one", name, str(length))
                 print(f"{name:22} {length:6} tokens {peaks[f'{name} | {length}']:6.2f} GiB", flush=True)
     found = medians(samples)
     exponents = {}
-    for name in ("ours, window", "ours, bigbird"):
+    for name in ("ours, window", "ours, window, learned", "ours, bigbird"):
         times = {n: found[f"{name} | {n} | fp32"] for n in arguments.lengths}
         exponents[name] = exponent(times, min(times), max(times)) if len(times) > 1 else None
     config = {"size": SIZE, "lengths": arguments.lengths, "repeats": arguments.repeats}

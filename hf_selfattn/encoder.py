@@ -71,6 +71,18 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
         outputs = self.base_model(**inputs, output_attentions=Selection(layers, heads, queries), return_dict=True)
         return list(outputs.attentions)
 
+    def compile_layers(self, **options) -> None:
+        """Compiles each layer by itself, in place, for batches of any size: pointwise work is fused.
+
+        What reads values stays outside of the graphs, so that padding is left out all the same; `torch.compile` of the
+        whole model would keep it. Needs a C++ compiler on a CPU, and some ten seconds at the first batch.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        for layer in self.base_model.layers:
+            layer.compile(**{"dynamic": True, **options})
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As in transformers; modules with parameters of their own give them their first values themselves."""

@@ -76,10 +76,12 @@ def unsupported_reasons(
 def default_kernel(config, **known) -> str:
     """The first kernel of KERNELS that can compute `config`; `known` as for `unsupported_reasons`.
 
-    Where a pattern leaves blocks out, 'selfattn' comes first: its time and memory grow with what is seen.
+    'selfattn' comes first where a pattern leaves blocks out (its time and memory grow with what is seen), and on a
+    machine without an accelerator (torch's fused attention has a slow backward on a CPU).
     """
     order = list(KERNELS)
-    if any(type(pattern).may_see is not Pattern.may_see for pattern in layer_patterns(config)):
+    sparse = any(type(pattern).may_see is not Pattern.may_see for pattern in layer_patterns(config))
+    if sparse or not torch.accelerator.is_available():
         order.sort(key=lambda name: name != "selfattn")
     name = next(name for name in order if not unsupported_reasons(config, name, **known))
     logger.info(f"attn_implementation: {name}, the first of {', '.join(order)} that can compute this configuration.")

@@ -9,7 +9,7 @@ from .kernels_eager import attend as attend_eager
 from .masks import allowed
 from .scores import Scoring
 from .tile_math import backward, forward, size_of_kept
-from .tile_roads import Problem
+from .tile_problem import Problem
 from .tiles import OPERATORS, TileMask, fields_given, name_of, tokens_from
 
 

@@ -54,7 +54,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch
 LOGITS_AT_ONCE = 2**24
 """Logits that `linear_cross_entropy` holds at once."""
 
-EXACT_AT_ONCE = 2**19
+EXACT_AT_ONCE = 2**18
 """Of these, as many in fp32 as stay near a processor's core."""
 
 
@@ -86,33 +86,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         exact = torch.promote_types(dtype, torch.float32)
         low_hidden, low_weight = hidden_states.to(dtype), weight.to(dtype)
-        low_bias = None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=exact, device=labels.device)
-        of_hidden, of_weight = torch.empty_like(hidden_states), torch.zeros_like(weight, dtype=exact)
+        of_hidden, of_weight = torch.empty_like(hidden_states), None
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
         at_once, few = (max(1, count // len(weight)) for count in (LOGITS_AT_ONCE, EXACT_AT_ONCE))
         with torch.autocast(kind, enabled=False):
             for first in range(0, len(labels), at_once):
                 rows = slice(first, first + at_once)
-                logits = F.linear(low_hidden[rows], low_weight, low_bias)
+                logits = low_hidden[rows] @ low_weight.t()
                 for part, label in zip(logits.split(few), labels[rows].unsqueeze(1).split(few), strict=True):
-                    log_share = part.to(exact).log_softmax(-1)
+                    exact_part = part.to(exact)
+                    if bias is not None:
+                        exact_part += bias
+                    log_share = exact_part.log_softmax(-1)
                     total -= log_share.gather(1, label).sum()
                     share = log_share.exp_()
                     share.scatter_add_(1, label, share.new_full(label.shape, -1))
                     part.copy_(share)
+                    if of_bias is not None:
+                        of_bias += share.sum(0)
                 of_hidden[rows] = logits @ low_weight
-                of_weight += logits.t() @ low_hidden[rows]
-                if of_bias is not None:
-                    of_bias += logits.sum(0, dtype=exact)
-        of_bias = None if bias is None else of_bias.to(bias.dtype)
-        ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype), of_bias)
+                product = logits.t() @ low_hidden[rows]
+                of_weight = product if of_weight is None else of_weight.to(exact).add_(product)
+        of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
+        ctx.types = [None if x is None else x.dtype for x in (hidden_states, weight, bias)]
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None
+        grads = zip(ctx.saved_tensors, ctx.types, strict=True)
+        return *(None if x is None else (x * grad).to(dtype) for x, dtype in grads), None
 
 
 def classification_loss(

@@ -33,6 +33,9 @@ class Pattern:
     sees_itself = False
     """Whether it is known that each token sees itself, so that only padding sees nothing."""
 
+    sees_all = False
+    """Whether it is known that each token sees every token of its document."""
+
     streams = True
     """Whether it can be applied before the end of the document is known."""
 
@@ -102,6 +105,7 @@ class Full(Pattern):
     """
 
     sees_itself = True
+    sees_all = True
 
     def sees(self, head, query, key):
         return torch.ones((), dtype=torch.bool, device=query.position.device)
@@ -111,7 +115,7 @@ class Full(Pattern):
 
     @property
     def tile_size(self):
-        return 128
+        return 256
 
 
 @dataclass(frozen=True, kw_only=True)

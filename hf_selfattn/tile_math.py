@@ -4,9 +4,12 @@ A softmax whose keys are all in one step is taken at once; else it runs over the
 backward. The weights of short documents can be kept for the backward, too; all others are computed again.
 """
 
+import ast
+
 import torch
 
-from .tile_roads import Problem, Road, Step, roads
+from .tile_problem import Problem, Step
+from .tile_roads import Road, roads, scaled_product
 
 
 def forward(
@@ -29,11 +32,21 @@ def forward(
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     found, log_sum = None, query.new_zeros(*query.shape[:3], dtype=exact)
+    fused = not keep_weights and may_fuse(problem, sink)
+    if fused and is_full(problem, query, key):
+        lengths = problem.query_tokens.length
+        longest = int(lengths.max())
+        if longest and bool((lengths == longest).all()):
+            parts = (x.reshape(-1, longest, *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
+            heads = _fused(*parts, problem.score[2][0], grouped=query.shape[2] != key.shape[2]).transpose(1, 2)
+            return heads.reshape(*query.shape[:3], -1), log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
+        problem = problem._replace(whole_below=longest, visited=torch.zeros_like(problem.visited))
     kept = query.new_empty(size_of_kept(query, problem.whole_below) if keep_weights else 0)
     for road in roads(problem, query, key, value):
+        road.fused = fused
         second = None if bias_query is None else road.arrange(bias_query)
         out, log_sums = road.empty(value.shape[3], value.dtype), None
-        for steps in road.steps():
+        for steps in road.steps(sink is not None):
             of_query = _read_query(road, steps[0], second)
             if len(steps) == 1 and sink is None:
                 heads = _at_once(road, steps[0], *of_query, kept if keep_weights else None)
@@ -51,6 +64,24 @@ def forward(
     return found.contiguous(), log_sum.transpose(1, 2).contiguous(), kept
 
 
+def may_fuse(problem: Problem, sink: torch.Tensor | None) -> bool:
+    """Whether torch's fused attention computes the same. Its forward is the faster one, its backward is not."""
+    return problem.scores_alone and sink is None and not problem.dropout
+
+
+def _fused(query, key, value, scale: float, grouped: bool = False, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+    )
+
+
+def is_full(problem: Problem, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether each token sees all of its document and no more, so that documents of any length may be taken whole."""
+    causal = ast.literal_eval(problem.pattern[1])["causal"]
+    alone = problem.user_mask is None and query.shape[1] == key.shape[1]
+    return problem.pattern[0] == "full" and not causal and alone and query.numel() > 0
+
+
 def size_of_kept(query: torch.Tensor, whole_below: int) -> int:
     """Room for the weights of short documents, those that they are filled up with included (less than as many)."""
     rows, length, heads, _ = query.shape
@@ -58,14 +89,12 @@ def size_of_kept(query: torch.Tensor, whole_below: int) -> int:
 
 
 def _read_query(road: Road, step: Step, second: torch.Tensor | None) -> tuple:
-    length = step.query.document.shape[2]
-    read = road.read(road.query, step.query_places, length)
-    return read, None if second is None else road.read(second, step.query_places, length)
+    read = road.read(road.query, step.query_places, step.lengths[0])
+    return read, None if second is None else road.read(second, step.query_places, step.lengths[0])
 
 
 def _read_key(road: Road, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    length = step.key.document.shape[3]
-    return tuple(road.read(x, step.key_places, length) for x in (road.key, road.value))
+    return tuple(road.read(x, step.key_places, step.lengths[1]) for x in (road.key, road.value))
 
 
 def _hide(scores: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -76,8 +105,11 @@ def _hide(scores: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
 def _at_once(road: Road, step: Step, query, second, kept: torch.Tensor | None) -> torch.Tensor:
     """heads (n, h, b, d_v) of a step that has every key of its queries."""
     problem, (key, value) = road.problem, _read_key(road, step)
+    if road.fused:
+        heads = _fused(query, key, value, road.scale, mask=None if step.hidden is None else ~step.hidden)
+        return heads if step.nothing is None else heads.masked_fill_(step.nothing, 0)
     if problem.scores_alone:
-        scores = query @ key.transpose(-1, -2)
+        scores = scaled_product(query, key.transpose(-1, -2), road.scale)
     else:
         scores = road.scores(step, query, key, second, problem.score[1], problem.bias[1])
     _hide(scores, step.hidden)
@@ -151,17 +183,17 @@ def backward(
     found = None
     common, log_sum = None, log_sum.transpose(1, 2).unsqueeze(-1)
     for road in roads(problem, query, key, value):
-        grads, sums = road.arrange(grad), None
+        grads, sums = road.arrange_gradient(grad), None
         second = None if bias_query is None else road.arrange(bias_query)
         of_query, of_second = road.empty(query.shape[3], query.dtype), None
         if second is not None:
             of_second = road.empty(query.shape[3], query.dtype)
         of_key, of_value = (road.empty_keys(x.shape[3], x.dtype) for x in (key, value))
-        for steps in road.steps():
+        for steps in road.steps(sink is not None):
             queries = _read_query(road, steps[0], second)
             places, length, at_once = (
                 steps[0].query_places,
-                steps[0].query.document.shape[2],
+                steps[0].lengths[0],
                 sink is None and len(steps) == 1,
             )
             if not at_once and sums is None:
@@ -182,9 +214,7 @@ def backward(
             road.write(of_query, places, to_query)
             if of_second is not None:
                 road.write(of_second, places, to_second)
-        of_query = road.restore(of_query)
-        of_query = of_query if road.scale is None else of_query * road.scale
-        made = [of_query, road.restore_keys(of_key), road.restore_keys(of_value)]
+        made = [road.restore(of_query), road.restore_keys(of_key), road.restore_keys(of_value)]
         made.append(None if second is None else road.restore(of_second))
         found = made if found is None else [_plus(x, y, exact) for x, y in zip(found, made, strict=True)]
     of_sink = None
@@ -212,8 +242,8 @@ def _step_back(road: Road, step: Step, query, second, grad, log_sum, common, kep
         if kept.numel() and step.weights is not None:
             weights = kept[step.weights].view(*query.shape[:3], key.shape[2])
         else:
-            weights = _hide(query @ key.transpose(-1, -2), step.hidden).softmax(-1)
-        pull_back = _of_dot_product(query, key)
+            weights = _hide(scaled_product(query, key.transpose(-1, -2), road.scale), step.hidden).softmax(-1)
+        pull_back = _of_dot_product(query, key, road.scale)
     else:
         scores, pull_back = _scores_with_gradient(road, step, query, key, second)
         if at_once:
@@ -238,10 +268,10 @@ def _step_back(road: Road, step: Step, query, second, grad, log_sum, common, kep
     return to_query, to_key, to_value, to_second, to_tensors
 
 
-def _of_dot_product(query, key):
+def _of_dot_product(query, key, scale: float):
     def pull_back(moved):
         moved = moved.to(query.dtype)
-        return moved @ key, moved.transpose(-1, -2) @ query, None, ()
+        return scaled_product(moved, key, scale), scaled_product(moved.transpose(-1, -2), query, scale), None, ()
 
     return pull_back
 
@@ -250,7 +280,7 @@ def _scores_with_gradient(road: Road, step: Step, query, key, second):
     """The scores of a step, and the function from their gradient to those of query, key, second and all tensors."""
     problem = road.problem
     if problem.scores_alone:
-        return road.scores(step, query, key, None, (), ()), _of_dot_product(query, key)
+        return road.scores(step, query, key, None, (), ()), _of_dot_product(query, key, road.scale)
     tensors, split = (*problem.score[1], *problem.bias[1]), len(problem.score[1])
 
     def scores_of(query, key, second, *tensors):

@@ -7,7 +7,6 @@ back where the tokens stood. A step is (units, heads, queries, keys); memory gro
 
 import ast
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -17,7 +16,8 @@ from .masks import visible
 from .packing import Tokens
 from .patterns import PATTERNS, mix
 from .scores import SCORES
-from .tiles import all_see_all, is_short, pad_to_blocks, without_short
+from .tile_problem import Problem, Step
+from .tiles import is_short, pad_to_blocks, without_short
 
 SCORES_AT_ONCE = 2**19
 """Scores held at once where each takes two bytes: 1 MiB, which stays near a processor's core."""
@@ -25,85 +25,28 @@ SCORES_AT_ONCE = 2**19
 SCORES_AT_ONCE_GPU = 2**26
 """The same where many cores work on them."""
 
-KEYS_AT_ONCE = 512
+KEYS_AT_ONCE = 2048
 """Keys of one step of the running softmax."""
 
 FILLED = 0.75
 """The shortest of documents that are computed together, as a share of the longest."""
 
 
-class Problem(NamedTuple):
-    """What is to be computed, beside query, key and value: names, numbers and tensors.
-
-    Attributes:
-        visited, whole: bool (R, 1 or H, query blocks + 1, key blocks + 1), as `tiles.visit_table` makes them.
-        block_size: tokens in a block.
-        whole_below: documents of at most this many tokens are computed whole.
-        pattern: a row of PATTERNS, and its numbers as text.
-        query_tokens, key_tokens: Tokens (R, N) and (R, K).
-        first_head: the number of the first head in the whole model.
-        user_mask: bool (R, 1 or H, N, K) or None.
-        score: a row of SCORES, tensors with heads first, then numbers.
-        bias: a row of BIASES or "", tensors with heads first, then numbers.
-        softcap: 0 for none.
-        dropout: the rate.
-        seed: () int64, of the dropout.
-    """
-
-    visited: torch.Tensor
-    whole: torch.Tensor
-    block_size: int
-    whole_below: int
-    pattern: tuple[str, str]
-    query_tokens: Tokens
-    key_tokens: Tokens
-    first_head: int
-    user_mask: torch.Tensor | None
-    score: tuple[str, list, list]
-    bias: tuple[str, list, list]
-    softcap: float
-    dropout: float
-    seed: torch.Tensor
-
-    @property
-    def scores_alone(self) -> bool:
-        """Whether scores are query · key times a number, and nothing more."""
-        return SCORES[self.score[0]].is_dot_product and not self.softcap and not self.bias[0]
-
-
-class Step(NamedTuple):
-    """n units, h heads, b queries, k keys that are computed at once.
-
-    Attributes:
-        head: (n or 1, h, 1, 1) head numbers, from 0.
-        query_places, key_places: where they stand in what the road has arranged.
-        query, key: Tokens, (n, 1, b, 1) and (n, 1, 1, k).
-        hidden: bool (n, 1 or h, b, k), True where a key may not be seen; None where all are.
-        nothing: bool (n, 1 or h, b, 1), True for a query that sees none of these keys; None where all see something.
-        weights: where its weights stand among those that are kept for the backward, or None.
-    """
-
-    head: torch.Tensor
-    query_places: torch.Tensor | slice
-    key_places: torch.Tensor | slice
-    query: Tokens
-    key: Tokens
-    hidden: torch.Tensor | None
-    nothing: torch.Tensor | None
-    weights: slice | None = None
-
-
 class Road:
     """Goes through a problem step by step and computes the scores of each.
 
     A road has
-        steps()                     lists of Steps, those of one running softmax together
+        steps(with_sink)            lists of Steps, those of one running softmax together
         arrange(x), arrange_keys(x) (R, N, H, d) and (R, K, G, d) in its own order
+        arrange_gradient(x)         (R, N, H, d), 0 where no query stands
         read(x, places, length)     (n, h, length, d) from what `arrange` made
         restore(x), restore_keys(x) back again, else 0; keys' sums over heads that share them
         empty(width, dtype), empty_keys(width, dtype)   room for results
         write(x, places, values), add(x, places, values)
     """
+
+    fused = False
+    """Whether a softmax that is taken at once is left to torch's fused attention."""
 
     def __init__(self, problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         self.problem, self.heads = problem, query.shape[2]
@@ -111,7 +54,6 @@ class Road:
         name, numbers = problem.pattern
         self.pattern = PATTERNS[name](**ast.literal_eval(numbers))
         self.score, self.bias = SCORES[problem.score[0]], BIASES.get(problem.bias[0])
-        # The scale of a dot product is taken into the query: there are fewer numbers in it than scores.
         self.scale = problem.score[2][0] if self.score.is_dot_product else None
         self.per_head = problem.visited.shape[1] > 1
         at_once = 2 * SCORES_AT_ONCE // query.element_size() if query.device.type == "cpu" else SCORES_AT_ONCE_GPU
@@ -120,8 +62,7 @@ class Road:
 
     def take(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Arranges what is read in every step."""
-        self.query = self.arrange(query if self.scale is None else query * self.scale)
-        self.key, self.value = self.arrange_keys(key), self.arrange_keys(value)
+        self.query, self.key, self.value = self.arrange(query), self.arrange_keys(key), self.arrange_keys(value)
 
     def scores(self, step: Step, query, key, bias_query, score_tensors, bias_tensors) -> torch.Tensor:
         """(n, h, b, k) scores of a step in at least fp32, capped and with their bias, not yet masked."""
@@ -130,7 +71,7 @@ class Road:
         if self.scale is None:
             scores = self.score.tile(query, key, *score_tensors, *self.problem.score[2])
         else:
-            scores = query @ key.transpose(-1, -2)
+            scores = scaled_product(query, key.transpose(-1, -2), self.scale)
         scores = scores.to(self.exact)
         if self.problem.softcap:
             scores = self.problem.softcap * torch.tanh(scores / self.problem.softcap)
@@ -205,21 +146,29 @@ class DocumentRoad(Road):
         self.back = torch.full((self.shape.numel() * self.heads,), first, device=device)
         kept = real.nonzero().squeeze(1)
         self.back[self.order[kept]] = kept
+        self.fillers = None if len(kept) == first else (~real).nonzero().squeeze(1)
         self.complete = len(places) == self.shape.numel()
         self.take(query, key, value)
 
-    def steps(self) -> Iterator[list[Step]]:
+    def steps(self, with_sink: bool) -> Iterator[list[Step]]:
         """One step for each part: its softmax needs no other."""
         own = torch.arange(self.heads, device=self.query.device).view(1, -1, 1, 1)
+        # With a sink, weights come from a sum that is kept, and none is kept for what documents are filled up with.
+        everything = self.pattern.sees_all and not self.pattern.causal and not with_sink
         for where, weights, place, missing in self.parts:
-            tokens = self.tokens.at(place)
-            if missing is not None:
-                tokens = tokens._replace(document=tokens.document.masked_fill(missing, -1))
-            query = _with_flags(None if x is None else x[:, None, :, None] for x in tokens)
-            key = _with_flags(None if x is None else x[:, None, None, :] for x in tokens)
-            whole = missing is None and all_see_all(self.pattern, own, _with_flags(tokens))
-            hidden = None if whole else self.hidden(own, query, key)
-            yield [Step(own, where, where, query, key, hidden, self.nothing(query, hidden), weights)]
+            query = key = nothing = None
+            if not everything or self.bias is not None or self.problem.dropout:
+                tokens = self.tokens.at(place)
+                if missing is not None:
+                    tokens = tokens._replace(document=tokens.document.masked_fill(missing, -1))
+                query = _with_flags(None if x is None else x[:, None, :, None] for x in tokens)
+                key = _with_flags(None if x is None else x[:, None, None, :] for x in tokens)
+            if everything:
+                hidden = None if missing is None else missing[:, None, None, :]
+            else:
+                hidden = self.hidden(own, query, key)
+                nothing = None if self.pattern.sees_itself else self.nothing(query, hidden)
+            yield [Step(own, where, where, (place.shape[1],) * 2, query, key, hidden, nothing, weights)]
 
     def read(self, x, places, length):
         return x[places].view(-1, self.heads, length, x.shape[-1])
@@ -229,6 +178,11 @@ class DocumentRoad(Road):
 
     def arrange_keys(self, x):
         return x.reshape(-1, x.shape[-1]).index_select(0, self.key_order)
+
+    def arrange_gradient(self, x):
+        """0 where documents are filled up: what stands there is some other token's."""
+        x = self.arrange(x)
+        return x if self.fillers is None else x.index_fill_(0, self.fillers, 0)
 
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """For results: every place is written to once."""
@@ -273,7 +227,7 @@ class BlockRoad(Road):
             self.user_mask = pad(self.user_mask, missing).unflatten(3, (-1, size)).unflatten(2, (-1, size))
         self.take(query, key, value)
 
-    def steps(self) -> Iterator[list[Step]]:
+    def steps(self, with_sink: bool) -> Iterator[list[Step]]:
         """Each unit's key blocks, KEYS_AT_ONCE keys a step."""
         lists, size = self.problem.visited.shape[1], self.problem.block_size
         queries, keys = self.blocks
@@ -319,6 +273,7 @@ class BlockRoad(Road):
             head[..., None, None],
             (row_ * self.heads + head_) * queries + query_block.view(-1, 1, 1),
             (row_ * self.groups + group) * keys + key_blocks_,
+            (query.document.shape[2], key.document.shape[3]),
             query,
             key,
             hidden,
@@ -333,7 +288,7 @@ class BlockRoad(Road):
         x = pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % size))
         return x.reshape(-1, size, x.shape[-1])
 
-    arrange_keys = arrange
+    arrange_keys = arrange_gradient = arrange
 
     def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
         """For results: 0 where no block is visited."""
@@ -367,6 +322,13 @@ def roads(problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch
         problem = problem._replace(query_tokens=tokens, key_tokens=tokens)
     if bool(problem.visited.any()):
         yield BlockRoad(problem, query, key, value)
+
+
+def scaled_product(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * x @ y of (n, h, a, b) and (n, h, b, c), the number taken along in the product."""
+    left, right = x.flatten(0, 1), y.flatten(0, 1)
+    out = x.new_empty(len(left), left.shape[1], right.shape[2])
+    return torch.baddbmm(out, left, right, beta=0, alpha=scale).unflatten(0, x.shape[:2])
 
 
 def _alike(lengths: list[int], budget: int) -> Iterator[tuple[int, int, int]]:

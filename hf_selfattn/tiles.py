@@ -47,7 +47,8 @@ def mask(
     pattern, query: Tokens, key: Tokens, packing: Packing, heads: range, user_mask: torch.Tensor | None
 ) -> TileMask:
     """Finds the blocks to visit from what each block holds, without looking at pairs of tokens."""
-    block_size = pattern.tile_size
+    # A mask of pairs may leave out more if it is looked at in smaller blocks.
+    block_size = pattern.tile_size if user_mask is None else min(pattern.tile_size, 128)
     if values_can_be_read(query.position):
         # A short text is one block; while a graph is traced, its length may stand for any.
         block_size = min(block_size, max(query.position.shape[1], key.position.shape[1], 1))
@@ -154,21 +155,6 @@ def is_short(tokens: Tokens, whole_below: int) -> torch.Tensor:
 def without_short(tokens: Tokens, whole_below: int) -> Tokens:
     """The same, with documents that are computed whole as padding."""
     return tokens._replace(document=tokens.document.masked_fill(is_short(tokens, whole_below), -1))
-
-
-def all_see_all(pattern, head: torch.Tensor, tokens: Tokens) -> bool:
-    """Whether it is known of documents, each a row of (R, N) without padding, that each token sees each of its own.
-
-    Args:
-        head: (1, H, 1, 1).
-    """
-    low, high = block_bounds(tokens, tokens.document.shape[1])
-    queries = tuple(x.at((slice(None), None, slice(None), None)) for x in (low, high))
-    keys = tuple(x.at((slice(None), None, None)) for x in (low, high))
-    whole = pattern.all_see(head, queries, keys)
-    if pattern.causal:
-        whole = whole & (high.position == low.position).all()
-    return bool(whole.all())
 
 
 def _filled(tokens: Tokens, block_size: int) -> torch.Tensor:

@@ -12,8 +12,9 @@ from hf_selfattn import (
     SelfAttnForQuestionAnswering,
     SelfAttnForSequenceClassification,
     SelfAttnForTokenClassification,
+    losses,
 )
-from hf_selfattn.losses import classification_loss, cross_entropy, span_loss
+from hf_selfattn.losses import classification_loss, cross_entropy, linear_cross_entropy, span_loss
 
 from .tolerances import assert_close
 
@@ -348,3 +349,81 @@ def test_problem_type_follows_from_the_labels(case, model):
     assert_close(outputs.loss, classification_loss(outputs.logits, labels, problem), "loss")
     model.config.problem_type = problem
     assert_close(model(**inputs(case), labels=labels).loss, outputs.loss, "loss")
+
+
+class TestLinearCrossEntropy:
+    """The loss without logits equals the one with them, in value and gradients."""
+
+    @pytest.fixture(params=["whole", "in_parts"])
+    def _in_parts(self, request, monkeypatch):
+        if request.param == "in_parts":
+            monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 43)
+            monkeypatch.setattr(losses, "EXACT_AT_ONCE", 2 * 43)
+
+    @pytest.mark.usefixtures("_in_parts")
+    @pytest.mark.parametrize("items", [None, 3, torch.tensor(40)], ids=["own", "number", "tensor"])
+    @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+    @pytest.mark.parametrize("count", [13, 1, 0])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_equals_the_plain_one(self, dtype, count, with_bias, items):
+        drawn_tensors = [drawn(count, 8), drawn(43, 8, seed=1), drawn(43, seed=2) if with_bias else None]
+        labels = integers(0, 43, count)
+        found = []
+        for plain in (False, True):
+            leaves = [None if x is None else x.to(torch.float64 if plain else dtype) for x in drawn_tensors]
+            leaves = [None if x is None else x.requires_grad_() for x in leaves]
+            hidden, weight, bias = leaves
+            if plain:
+                loss = cross_entropy(torch.nn.functional.linear(hidden, weight, bias), labels, items)
+            else:
+                loss = linear_cross_entropy(hidden, weight, bias, labels, items)
+            (3 * loss).backward()
+            found.append([loss.detach(), *(x.grad for x in leaves if x is not None)])
+        for name, actual, expected in zip(("loss", "hidden", "weight", "bias"), *found, strict=False):
+            if dtype == torch.bfloat16 and name != "loss":
+                assert actual.dtype == dtype
+                assert (actual - expected).norm() <= 2e-2 * max(1e-9, expected.norm())
+            elif dtype == torch.bfloat16:
+                assert actual.dtype == torch.float32
+                assert abs(actual - expected) <= 2e-2 * max(1, abs(expected))
+            else:
+                assert_close(actual, expected, name)
+
+    def test_autocast_is_respected(self):
+        hidden, weight = drawn(13, 8, dtype=torch.float32), drawn(43, 8, seed=1, dtype=torch.float32)
+        labels, types = integers(0, 43, 13), []
+        original = torch.Tensor.__matmul__
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            patch.setattr(torch.Tensor, "__matmul__", lambda x, y: types.append(x.dtype) or original(x, y))
+            loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), None, labels)
+        loss.backward()
+        assert set(types) == {torch.bfloat16}
+        assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
+
+    def test_the_head_in_training_equals_evaluation(self, make_config, make_model):
+        """Loss and gradients; in training no logits are returned."""
+        ids, labels = integers(0, 43, B, N), integers(0, 43, B, N, seed=1).masked_fill(~REAL, -100)
+        labels[:, ::2] = -100
+        found = []
+        for training in (True, False):
+            model = make_model(make_config(), cls=SelfAttnForMaskedLM).train(training)
+            outputs = model(ids, attention_mask=REAL, labels=labels)
+            assert (outputs.logits is None) == training
+            outputs.loss.backward()
+            found.append([outputs.loss, *(x.grad for x in model.parameters())])
+        for actual, expected in zip(*found, strict=True):
+            assert_close(actual, expected)
+
+    def test_an_adapter_on_the_head_is_used(self, make_config, make_model):
+        model = make_model(make_config(), cls=SelfAttnForMaskedLM).train()
+        ids = integers(0, 43, B, N)
+        expected = model(ids, labels=ids).loss
+
+        class Doubled(torch.nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        head = Doubled(*reversed(model.lm_head.weight.shape)).double()
+        head.load_state_dict(model.lm_head.state_dict())
+        model.lm_head = head
+        assert not torch.allclose(model(ids, labels=ids).loss, expected)

@@ -387,13 +387,15 @@ def test_named_kernel_that_cannot_run_is_refused(kernel, not_a_dot_product, make
     assert model(draw_ids()).last_hidden_state.isfinite().all()
 
 
-def test_kernel_is_chosen_where_none_is_named(not_a_dot_product, make_config):
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_kernel_is_chosen_where_none_is_named(not_a_dot_product, accelerator, monkeypatch, make_config):
+    """On a CPU the from-scratch kernel, elsewhere torch's fused one where it can compute the score."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
     chosen = {score: SelfAttnModel(make_config(score)).config._attn_implementation for score in SCORES}
-    for score, kernel in chosen.items():
-        able = [name for name in KERNELS if not unsupported_reasons(make_config(score), name)]
-        assert kernel == able[0]
-    assert chosen["scaled_dot_product"] == "sdpa"
-    assert chosen[not_a_dot_product] not in ("sdpa", "flex_attention")
+    assert chosen["scaled_dot_product"] == ("sdpa" if accelerator else "selfattn")
+    assert chosen[not_a_dot_product] == "selfattn"
+    sparse = SelfAttnModel(make_config(pattern="sliding_window")).config
+    assert sparse._attn_implementation == "selfattn"
 
 
 def test_refusals_name_everything_that_is_wrong(not_a_dot_product, make_config):

@@ -77,6 +77,7 @@ CODE = {
     "positions_rotary.py",
     "scores.py",
     "tile_math.py",
+    "tile_problem.py",
     "tile_roads.py",
     "tiles.py",
 }

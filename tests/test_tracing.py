@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from hf_selfattn import KERNELS, PATTERNS, POSITIONS, SCORES, SelfAttnForMaskedLM, SelfAttnModel
@@ -246,3 +246,39 @@ def assert_same_gradients(model, plain):
         assert (parameter.grad is None) == (of_plain.grad is None), name
         if parameter.grad is not None:
             assert_close(parameter.grad, of_plain.grad, f"gradient of {name}")
+
+
+# Layers compiled by themselves
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "selfattn"])
+def test_compiled_layers_equal_uncompiled(kernel, make_config, make_model):
+    """Padding left out, with loss and gradients."""
+    inputs = draw_inputs(3, 13, labels=draw_inputs(3, 13, seed=1)["input_ids"])
+    inputs["attention_mask"] = torch.arange(13) < torch.tensor([[13], [4], [7]])
+    found = []
+    for is_compiled in (True, False):
+        model = make_model(make_config(position="rotary"), kernel, cls=SelfAttnForMaskedLM).train()
+        if is_compiled:
+            model.compile_layers(backend="aot_eager")
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append((loss, model))
+    assert_close(found[0][0], found[1][0])
+    assert_same_gradients(found[0][1], found[1][1])
+
+
+def test_compiled_layers_are_compiled_few_times(make_config, make_model):
+    """Thirty batches with lengths as they come: at most four graphs (the first layer may differ, and one document)."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = make_model(make_config(num_hidden_layers=4), "selfattn", torch.float32, SelfAttnForMaskedLM).train()
+    model.compile_layers(backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(30):
+        rows, longest = (
+            int(torch.randint(1, most, (), generator=generator)) for most in (9, 600 if i % 10 == 9 else 129)
+        )
+        mask = torch.arange(longest) < torch.randint(1, longest + 1, (rows, 1), generator=generator)
+        ids = torch.randint(43, (rows, longest), generator=generator)
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+    assert counter.frame_count <= 4

@@ -37,6 +37,10 @@ class ScriptArguments(TrainingArguments):
         default=None,
         metadata={"help": "Mixed precision in bf16; without it: where the hardware multiplies bf16."},
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={"help": "Compile each layer of a selfattn model: faster steps after half a minute of compiling."},
+    )
     include_num_input_tokens_seen: str = field(
         default="no",
         metadata={"help": "Count and log the tokens read.", "choices": ["no", "all", "non_padding"]},
@@ -183,6 +187,13 @@ class CheckedTrainer(Trainer):
     def __init__(self, *args, eval_collator=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
+        if getattr(self.args, "compile_layers", False):
+            if not hasattr(self.model, "compile_layers"):
+                raise ValueError(
+                    f"--compile_layers is for models of type 'selfattn', got {self.model.config.model_type!r}. Use "
+                    "--torch_compile, which compiles any model as a whole."
+                )
+            self.model.compile_layers()
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
         if self.eval_collator is None or kwargs.get("is_training"):
