@@ -5,7 +5,8 @@
     python benchmarks/scaling.py --picture benchmarks/results/scaling.json docs/scaling.png
 
 Base models without a head, 2 layers of 128, B = 1, dropout 0; forward, sum of squares, backward. One thread, models in
-turn, medians. BERT, Longformer and "learned" add a table of positions, the others turn query and key. Windows see 64 tokens on either side in all models that have them; BigBird has its published blocks.
+turn, medians. BERT, Longformer and "learned" add a table of positions, the others turn query and key. Windows see 64
+tokens on either side in all models that have them; BigBird has its published blocks.
 """
 
 import argparse

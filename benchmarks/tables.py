@@ -1,0 +1,102 @@
+"""Writes the tables of docs/performance.md and README.md from the results.
+
+    python benchmarks/tables.py
+
+Each table stands between a comment with its name and an empty comment.
+"""
+
+import json
+import re
+from pathlib import Path
+
+RESULTS = Path("benchmarks/results")
+PAGES = (Path("docs/performance.md"), Path("README.md"))
+LINEAR = ("Longformer, window", "ours, window", "ours, window, learned", "BigBird", "ours, bigbird", "ours, full")
+LONG = ("BERT, sdpa", "ModernBERT, window", *LINEAR)
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def flags_of(row: dict) -> str:
+    flags = row["flags"]
+    compiled = {True: "compiled", "layers": "layers compiled"}.get(flags["compiled"], "")
+    parts = (flags["attention"], flags["precision"], compiled, "sparse" if flags["sparse"] else "")
+    more = [f"{name}={value}" for name, value in flags["options"]]
+    return ", ".join([part for part in (*parts, *more) if part])
+
+
+def called(key: str, row: dict) -> str:
+    """The model's name, and how its documents came."""
+    name = key.split(", best")[0].split(", defaults")[0]
+    name = "ours" if name.startswith("ours") else name
+    how = {"packed": " (packed by hand)", "documents": " (packed)"}.get(row["flags"]["rows"], "")
+    return f"**{name}**{how}" if name == "ours" else name + how
+
+
+def by_setting(name: str) -> str:
+    """A table for each setting, the fastest first."""
+    found, lines = read(name)["results"], []
+    titles = {"even": "even", "real128": "real lengths", "real512": "real lengths to 512"}
+    for setting, result in found.items():
+        rate = result.get("gemm_flops")
+        lines += ["", f"| {titles[setting]} | flags | ms | tokens/s |" + (" of the GEMM rate |" if rate else "")]
+        lines.append("|---|---|---:|---:|" + ("---:|" if rate else ""))
+        for key, row in sorted(result["table"].items(), key=lambda item: item[1]["ms"]):
+            share = f" {row['share_of_gemm_rate']:.0%} |" if rate else ""
+            lines.append(
+                f"| {called(key, row)} | {flags_of(row)} | {row['ms']:.0f} | {row['tokens_per_second']:,.0f} |{share}"
+            )
+    return "\n".join(lines[1:])
+
+
+def attention() -> str:
+    """Ours, SDPA and plain products, by shape and type."""
+    medians = read("attention_speed")["medians"]
+    lines = ["| (B, H, N, d) | | ours | SDPA | plain | SDPA / ours |", "|---|---|---:|---:|---:|---:|"]
+    cases = dict.fromkeys(tuple(key.split(" | ")[1:]) for key in medians)
+    for what, shape, dtype in cases:
+        ms = [medians[f"{who} | {what} | {shape} | {dtype}"] * 1000 for who in ("ours", "SDPA", "plain")]
+        name = {"both": "forward and backward", "forward": "forward"}[what]
+        times = " | ".join(f"{x:.1f}" for x in ms)
+        lines.append(f"| ({shape.replace(',', ', ')}) | {dtype}, {name} | {times} | {ms[1] / ms[0]:.2f} |")
+    return "\n".join(lines)
+
+
+def scaling() -> str:
+    """Milliseconds of a step by length and type."""
+    result = read("scaling")
+    medians, lengths = result["medians"], result["config"]["lengths"]
+    names = [name.replace("ours", "**ours**") for name in LONG]
+    lines = ["| tokens | | " + " | ".join(names) + " |", "|---:|---|" + "---:|" * len(LONG)]
+    for length in lengths:
+        for dtype in ("fp32", "bf16"):
+            times = [medians.get(f"{name} | {length} | {dtype}") for name in LONG]
+            cells = " | ".join("" if x is None else f"{x * 1000:,.0f}" for x in times)
+            lines.append(f"| {length:,} | {dtype} | {cells} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "training": lambda: by_setting("training_speed"),
+    "inference": lambda: by_setting("inference_speed"),
+    "attention": attention,
+    "scaling": scaling,
+}
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, table in TABLES.items():
+            place = re.compile(rf"<!-- {name} -->\n.*?<!-- -->", re.DOTALL)
+            if place.search(text):
+                made = f"<!-- {name} -->\n{table()}\n<!-- -->"
+                text = place.sub(lambda _, made=made: made, text)
+        page.write_text(text, encoding="utf-8")
+        print(f"written: {page}")
+
+
+if __name__ == "__main__":
+    main()
