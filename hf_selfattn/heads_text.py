@@ -159,8 +159,10 @@ class SelfAttnForMaskedLM(SelfAttnPreTrainedModel):
         rows = (labels != IGNORED).nonzero().squeeze(1)
         labels = labels.index_select(0, rows)
         predicted = self.prediction_head(hidden_states.flatten(0, 1).index_select(0, rows))
-        if type(self.lm_head) is not nn.Linear or type(self.lm_head.weight) is not nn.Parameter:
-            # An adapter, or a weight that is spread over devices, knows best how to multiply itself.
+        head = self.lm_head
+        hooks = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+        if hooks or type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+            # An adapter, or a weight that is spread over devices or offloaded, knows best how to multiply itself.
             return cross_entropy(self.lm_head(predicted), labels, num_items_in_batch)
         return linear_cross_entropy(predicted, self.lm_head.weight, self.lm_head.bias, labels, num_items_in_batch)
 
@@ -230,7 +232,7 @@ class SelfAttnForTokenClassification(SelfAttnPreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, packing.shape)
-            loss = cross_entropy(logits, packing.pack(labels, fill=IGNORED), num_items_in_batch)
+            loss = cross_entropy(logits, packing.pack(labels.to(logits.device), fill=IGNORED), num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss,
             logits=packing.unpack(logits),

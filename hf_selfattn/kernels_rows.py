@@ -11,21 +11,36 @@ from torch.nn.functional import pad
 
 from .packing import Packing, Tokens
 
+FILLED = 0.7
+"""The shortest of documents that are computed together, as a share of the longest."""
 
-class Rows(NamedTuple):
-    """How T packed tokens are spread over rows, and the kernel's own mask of these rows.
+
+class Group(NamedTuple):
+    """Documents of like length, a row for each.
 
     Attributes:
-        places: (documents, longest) which token stands there; T where none does.
-        back: (T,) where each token stands among documents * longest.
+        shape: (documents, longest).
         mask: what the kernel's `mask` made of the rows.
         positions: (documents, longest), for biases by distance.
     """
 
-    places: torch.Tensor
-    back: torch.Tensor
+    shape: tuple[int, int]
     mask: Any
     positions: torch.Tensor
+
+
+class Rows(NamedTuple):
+    """How T packed tokens are spread over the rows of all groups, S places in all.
+
+    Attributes:
+        places: (S,) which token stands there; T where none does.
+        back: (T,) where each token stands.
+        groups: one after the other.
+    """
+
+    places: torch.Tensor
+    back: torch.Tensor
+    groups: list[Group]
 
 
 def by_rows(make_mask: Callable, attend: Callable) -> tuple[Callable, Callable]:
@@ -34,51 +49,79 @@ def by_rows(make_mask: Callable, attend: Callable) -> tuple[Callable, Callable]:
     def mask(pattern, query: Tokens, key: Tokens, packing: Packing, heads: range, user_mask: torch.Tensor | None):
         if not packing.is_packed or not query.document.numel():
             return make_mask(pattern, query, key, packing, heads, user_mask)
-        places, back = spread(query)
-        full = len(back) == places.numel()
-        rows = Tokens(*(None if x is None else _rows_of(x.squeeze(0), places, full) for x in query))
-        if not full:
-            rows = rows._replace(document=rows.document.masked_fill(places == len(back), -1))
-        own = Packing(rows, tuple(places.shape), all_real=full, one_document=True)
-        return Rows(places, back, make_mask(pattern, rows, rows, own, heads, None), rows.position)
+        groups = []
+        places = group_by_length(query)
+        for place in places:
+            missing = place == query.document.shape[1]
+            full = not bool(missing.any())
+            inside = place.clamp(max=query.document.shape[1] - 1)
+            rows = Tokens(*(None if x is None else x[0, inside] for x in query))
+            rows = rows._replace(document=rows.document.masked_fill(missing, -1))
+            own = Packing(rows, tuple(place.shape), all_real=full, one_document=True)
+            groups.append(Group(own.shape, make_mask(pattern, rows, rows, own, heads, None), rows.position))
+        places = torch.cat([place.flatten() for place in places])
+        real = (places < query.document.shape[1]).nonzero().squeeze(1)
+        back = torch.empty_like(real)
+        back[places[real]] = real
+        return Rows(places, back, groups)
+
+    @torch.compiler.disable(reason="how many groups there are differs from batch to batch")
+    def attend_groups(query, key, value, mask: Rows, scoring, dropout):
+        bias = scoring.bias
+        second = None if bias is None or bias.query is None else _spread(bias.query, mask)
+        heads = []
+        parts = zip(*(_spread(x, mask) for x in (query, key, value)), second or mask.groups, mask.groups, strict=True)
+        for q, k, v, own, group in parts:
+            if bias is not None:
+                positions = {"query_position": group.positions, "key_position": group.positions}
+                scoring = scoring._replace(bias=bias._replace(query=own if second else None, **positions))
+            heads.append(attend(q, k, v, group.mask, scoring, dropout, False)[0].flatten(0, 1))
+        return _Gather.apply(torch.cat(heads), mask.places, mask.back).unsqueeze(0)
 
     def attend_rows(query, key, value, mask, scoring, dropout=0.0, need_weights=False):
-        if not isinstance(mask, Rows):
-            return attend(query, key, value, mask, scoring, dropout, need_weights)
-        bias = scoring.bias
-        if bias is not None:
-            second = None if bias.query is None else _Spread.apply(bias.query.squeeze(0), mask.places, mask.back)
-            positions = {"query_position": mask.positions, "key_position": mask.positions}
-            scoring = scoring._replace(bias=bias._replace(query=second, **positions))
-        query, key, value = (_Spread.apply(x.squeeze(0), mask.places, mask.back) for x in (query, key, value))
-        heads, weights = attend(query, key, value, mask.mask, scoring, dropout, need_weights)
-        return _Gather.apply(heads, mask.places, mask.back).unsqueeze(0), weights
+        if isinstance(mask, Rows):
+            return attend_groups(query, key, value, mask, scoring, dropout), None
+        return attend(query, key, value, mask, scoring, dropout, need_weights)
 
     return mask, attend_rows
 
 
-def spread(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Rows.places` and `Rows.back` of packed Tokens (1, T)."""
-    _, number, lengths = tokens.document[0].unique_consecutive(return_inverse=True, return_counts=True)
-    first, longest, device = lengths.cumsum(0) - lengths, int(lengths.max()), lengths.device
-    offset = torch.arange(longest, device=device)
-    places = torch.where(offset < lengths[:, None], first[:, None] + offset, len(number))
-    back = number * longest + torch.arange(len(number), device=device) - first[number]
-    return places, back
+def group_by_length(tokens: Tokens) -> list[torch.Tensor]:
+    """For each group of documents of packed Tokens (1, T), which tokens stand where: (documents, longest), T: none."""
+    _, lengths = tokens.document[0].unique_consecutive(return_counts=True)
+    starts, device = lengths.cumsum(0) - lengths, lengths.device
+    lengths, order = lengths.sort(descending=True, stable=True)
+    starts, known, groups, first = starts[order], lengths.tolist(), [], 0
+    for end in range(1, len(known) + 1):
+        if end == len(known) or known[end] < FILLED * known[first]:
+            offset = torch.arange(known[first], device=device)
+            inside = offset < lengths[first:end, None]
+            groups.append(torch.where(inside, starts[first:end, None] + offset, tokens.document.shape[1]))
+            first = end
+    return groups
 
 
-def _rows_of(x: torch.Tensor, places: torch.Tensor, full: bool) -> torch.Tensor:
-    """(T, …) to (documents, longest, …), 0 where no token stands."""
-    x = x if full else pad(x, (0, 0) * (x.dim() - 1) + (0, 1))
-    return x.index_select(0, places.flatten()).unflatten(0, places.shape)
+def _spread(x: torch.Tensor, rows: Rows) -> list[torch.Tensor]:
+    """(1, T, …) to (documents, longest, …) of each group."""
+    parts = _Spread.apply(x.squeeze(0), rows.places, rows.back).split(
+        [a * b for a, b in (g.shape for g in rows.groups)]
+    )
+    return [part.unflatten(0, group.shape) for part, group in zip(parts, rows.groups, strict=True)]
+
+
+def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(T, …) to (S, …), 0 where no token stands."""
+    if len(places) > len(x):
+        x = pad(x, (0, 0) * (x.dim() - 1) + (0, 1))
+    return x.index_select(0, places)
 
 
 class _Spread(torch.autograd.Function):
-    """(T, …) to (documents, longest, …) and back in the backward: gathers both, where indexing would scatter."""
+    """(T, …) to (S, …), and back in the backward: gathers both, where indexing would scatter."""
 
     @staticmethod
     def forward(x, places, back):
-        return _rows_of(x, places, places.numel() == len(back))
+        return _take(x, places)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,11 +134,11 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """(documents, longest, …) to (T, …), and back in the backward."""
+    """(S, …) to (T, …), and back in the backward."""
 
     @staticmethod
     def forward(x, places, back):
-        return x.flatten(0, 1).index_select(0, back)
+        return x.index_select(0, back)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

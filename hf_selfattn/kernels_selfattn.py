@@ -7,8 +7,8 @@ import torch
 
 from .kernels_eager import attend as attend_eager
 from .masks import allowed
-from .scores import Scoring
-from .tile_math import backward, forward, size_of_kept
+from .scores import SCORES, Scoring
+from .tile_math import backward, forward
 from .tile_problem import Problem
 from .tiles import OPERATORS, TileMask, fields_given, name_of, tokens_from
 
@@ -40,7 +40,8 @@ def tiled_attention(
     first_head: int,
     softcap: float,
     dropout: float,
-    keep_weights: bool,
+    with_gradient: bool,
+    room: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """heads (R, N, H, d_v), and what `tile_math.forward` keeps for the backward."""
     problem = Problem(
@@ -60,17 +61,17 @@ def tiled_attention(
         seed=seed,
     )
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        return forward(problem, query, key, value, bias_query, sink, keep_weights)
+        return forward(problem, query, key, value, bias_query, sink, with_gradient, room)
 
 
 @tiled_attention.register_fake
 def _(query, key, value, *rest):
-    (rows, length, heads, _), (*_, whole_below, _, _, _, keep_weights) = query.shape, rest
+    rows, length, heads, _ = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
     return (
         value.new_empty(rows, length, heads, value.shape[3]),
         query.new_empty(rows, heads, length, dtype=exact),
-        query.new_empty(size_of_kept(query, whole_below) if keep_weights else 0),
+        query.new_empty(rest[-1]),
     )
 
 
@@ -105,7 +106,8 @@ def tiled_attention_backward(
     first_head: int,
     softcap: float,
     dropout: float,
-    keep_weights: bool,
+    with_gradient: bool,
+    room: int,
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value, bias_query and sink where given, score_tensors and bias_tensors."""
     problem = Problem(
@@ -180,6 +182,9 @@ def attend(
     bias = scoring.bias
     score_tensors, score_numbers = _tensors_first(scoring.parameters)
     bias_tensors, bias_numbers = _tensors_first(() if bias is None else bias.parameters)
+    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    scores_alone = SCORES[scoring.name].is_dot_product and not scoring.softcap and bias is None
+    room = mask.room * query.shape[2] if with_gradient and scores_alone and scoring.sink is None else 0
     seed = torch.randint(2**31, ()) if dropout else torch.zeros((), dtype=torch.int64)
     heads, *_ = tiled_attention(
         query.to(value.dtype),
@@ -207,7 +212,8 @@ def attend(
         mask.heads.start,
         float(scoring.softcap or 0),
         dropout,
-        torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
+        with_gradient,
+        room,
     )
     return heads, None
 

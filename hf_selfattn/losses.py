@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low_hidden, low_weight = hidden_states.to(dtype), weight.to(dtype)
         total = torch.zeros((), dtype=exact, device=labels.device)
         of_hidden, of_weight = torch.empty_like(hidden_states), None
-        of_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        of_bias = torch.zeros_like(bias, dtype=exact) if ctx.needs_input_grad[2] else None
         at_once, few = (max(1, count // len(weight)) for count in (LOGITS_AT_ONCE, EXACT_AT_ONCE))
         with torch.autocast(kind, enabled=False):
             for first in range(0, len(labels), at_once):
@@ -106,18 +106,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     if of_bias is not None:
                         of_bias += share.sum(0)
                 of_hidden[rows] = logits @ low_weight
-                product = logits.t() @ low_hidden[rows]
-                of_weight = product if of_weight is None else of_weight.to(exact).add_(product)
-        of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
+                if ctx.needs_input_grad[1]:
+                    product = logits.t() @ low_hidden[rows]
+                    of_weight = product if of_weight is None else of_weight.to(exact).add_(product)
+        if ctx.needs_input_grad[1] and of_weight is None:
+            of_weight = torch.zeros_like(weight)
         ctx.types = [None if x is None else x.dtype for x in (hidden_states, weight, bias)]
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The masked language model's loss in training keeps no logits and has no second derivatives. Call "
+                "model.eval() before a backward with create_graph=True."
+            )
         grads = zip(ctx.saved_tensors, ctx.types, strict=True)
-        return *(None if x is None else (x * grad).to(dtype) for x, dtype in grads), None
+        return *(None if x is None else (x.to(grad.dtype) * grad).to(dtype) for x, dtype in grads), None
 
 
 def classification_loss(

@@ -3,6 +3,7 @@
 A new pattern is one frozen dataclass of numbers, one row in PATTERNS, one slow loop in tests/reference.py.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,14 +77,12 @@ class Pattern:
         """Tokens in the blocks that suit it best."""
         return 64
 
-    @property
-    def whole_below(self) -> int:
-        """Documents of at most this many tokens are sooner computed whole than block by block."""
-        return 512
-
     def numbers_as_text(self) -> str:
         """Its numbers as a Python literal, for operators, which take no objects."""
-        return "{" + ", ".join(f"{name!r}: {getattr(self, name)!r}" for name in self.__dataclass_fields__) + "}"
+        numbers = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return (
+            "{" + ", ".join(f"{name!r}: {'1e999' if x == math.inf else repr(x)}" for name, x in numbers.items()) + "}"
+        )
 
     @classmethod
     def from_config(cls, config, layer: int) -> "Pattern":

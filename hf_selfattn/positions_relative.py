@@ -152,15 +152,14 @@ class TransformerXL(NoPosition):
 
 
 def _farthest(query: Tokens, source: Tokens) -> int:
-    """At least the greatest distance in a row. Places that count up have none beyond the number of keys; those that a
-    user gives may, and are looked at wherever values can be read."""
-    reach = source.position.shape[1]
+    """At least the greatest distance in a document: found from the places, or the number of keys where values cannot
+    be read (places that count up have none beyond it)."""
     if not (query.position.numel() and source.position.numel() and values_can_be_read(source.position)):
-        return reach
+        return source.position.shape[1]
     places = [torch.where(x.document >= 0, x.position, x.position.amax(1, keepdim=True)) for x in (query, source)]
     high = torch.maximum(*(x.position.amax(1) for x in (query, source)))
     low = torch.minimum(*(x.amin(1) for x in places))
-    return max(reach, int((high - low).max()))
+    return max(1, int((high - low).max()))
 
 
 class ContentAndPosition(nn.Module):

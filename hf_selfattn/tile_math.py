@@ -19,20 +19,22 @@ def forward(
     value: torch.Tensor,
     bias_query: torch.Tensor | None,
     sink: torch.Tensor | None,
-    keep_weights: bool,
+    with_gradient: bool,
+    room: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """heads (R, N, H, d_v); for the backward the logarithm of each softmax's denominator (R, H, N), 0 where it is not
-    needed, and the weights of short documents (see `size_of_kept`).
+    needed, and the weights of short documents (room,).
 
     Args:
         query, key, value: (R, N, H, d_k), (R, K, G, d_k), (R, K, G, d_v).
         bias_query: (R, N, H, d_k) for a bias that depends on the query, or None.
         sink: (H,) or None.
-        keep_weights: whether a backward will follow that may use them.
+        with_gradient: whether a backward may follow.
+        room: numbers that are kept for it, `TileMask.room` for each head; 0: it computes weights again.
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     found, log_sum = None, query.new_zeros(*query.shape[:3], dtype=exact)
-    fused = not keep_weights and may_fuse(problem, sink)
+    fused = not with_gradient and may_fuse(problem, sink) and query.shape[3] == value.shape[3]
     if fused and is_full(problem, query, key):
         lengths = problem.query_tokens.length
         longest = int(lengths.max())
@@ -41,7 +43,7 @@ def forward(
             heads = _fused(*parts, problem.score[2][0], grouped=query.shape[2] != key.shape[2]).transpose(1, 2)
             return heads.reshape(*query.shape[:3], -1), log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
         problem = problem._replace(whole_below=longest, visited=torch.zeros_like(problem.visited))
-    kept = query.new_empty(size_of_kept(query, problem.whole_below) if keep_weights else 0)
+    kept = query.new_empty(room)
     for road in roads(problem, query, key, value):
         road.fused = fused
         second = None if bias_query is None else road.arrange(bias_query)
@@ -49,10 +51,12 @@ def forward(
         for steps in road.steps(sink is not None):
             of_query = _read_query(road, steps[0], second)
             if len(steps) == 1 and sink is None:
-                heads = _at_once(road, steps[0], *of_query, kept if keep_weights else None)
+                heads = _at_once(road, steps[0], *of_query, kept if room else None)
             else:
                 heads, sums = _running(road, steps, *of_query, sink)
                 log_sums = road.empty(1, exact) if log_sums is None else log_sums
+                # Padding here may be a short document, whose sum is the other road's.
+                sums = sums.masked_fill(steps[0].query.document < 0, 0)
                 road.write(log_sums, steps[0].query_places, sums)
             road.write(out, steps[0].query_places, heads)
         out = road.restore(out)
@@ -80,12 +84,6 @@ def is_full(problem: Problem, query: torch.Tensor, key: torch.Tensor) -> bool:
     causal = ast.literal_eval(problem.pattern[1])["causal"]
     alone = problem.user_mask is None and query.shape[1] == key.shape[1]
     return problem.pattern[0] == "full" and not causal and alone and query.numel() > 0
-
-
-def size_of_kept(query: torch.Tensor, whole_below: int) -> int:
-    """Room for the weights of short documents, those that they are filled up with included (less than as many)."""
-    rows, length, heads, _ = query.shape
-    return 2 * rows * length * heads * torch.sym_min(whole_below, length)
 
 
 def _read_query(road: Road, step: Step, second: torch.Tensor | None) -> tuple:
@@ -155,7 +153,7 @@ def _running(road: Road, steps: list[Step], query, second, sink) -> tuple[torch.
         shift = torch.maximum(shift, at_sink)
         scale = (best - shift).exp()
         total, mixed = total * scale + (at_sink - shift).exp(), mixed * scale
-    some = total > 0
+    some = total != 0  # and not > 0: what is not a number stays so
     return (mixed / total.where(some, 1)).where(some, 0), shift + total.where(some, 1).log()
 
 
@@ -190,21 +188,17 @@ def backward(
             of_second = road.empty(query.shape[3], query.dtype)
         of_key, of_value = (road.empty_keys(x.shape[3], x.dtype) for x in (key, value))
         for steps in road.steps(sink is not None):
-            queries = _read_query(road, steps[0], second)
-            places, length, at_once = (
-                steps[0].query_places,
-                steps[0].lengths[0],
-                sink is None and len(steps) == 1,
-            )
+            places, length = steps[0].query_places, steps[0].lengths[0]
+            at_once = sink is None and len(steps) == 1
             if not at_once and sums is None:
                 # How much a row's weights gain together: what each one gains beyond it moves its score.
                 common = (grad.to(exact) * heads.to(exact)).sum(-1, keepdim=True) if common is None else common
                 sums = road.arrange(log_sum), road.arrange(common)
+            queries = _read_query(road, steps[0], second)
             read = [None if at_once else road.read(x, places, length) for x in sums or (None, None)]
-            upstream = road.read(grads, places, length)
             to_query = to_second = None
             for step in steps:
-                parts = _step_back(road, step, *queries, upstream, *read, kept)
+                parts = _step_back(road, step, *queries, road.read(grads, places, length), *read, kept)
                 step_query, step_key, step_value, step_second, step_tensors = parts
                 road.add(of_key, step.key_places, step_key)
                 road.add(of_value, step.key_places, step_value)

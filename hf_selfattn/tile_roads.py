@@ -17,7 +17,7 @@ from .packing import Tokens
 from .patterns import PATTERNS, mix
 from .scores import SCORES
 from .tile_problem import Problem, Step
-from .tiles import is_short, pad_to_blocks, without_short
+from .tiles import FILLED, is_short, pad_to_blocks, without_short
 
 SCORES_AT_ONCE = 2**19
 """Scores held at once where each takes two bytes: 1 MiB, which stays near a processor's core."""
@@ -27,9 +27,6 @@ SCORES_AT_ONCE_GPU = 2**26
 
 KEYS_AT_ONCE = 2048
 """Keys of one step of the running softmax."""
-
-FILLED = 0.75
-"""The shortest of documents that are computed together, as a share of the longest."""
 
 
 class Road:
@@ -131,10 +128,14 @@ class DocumentRoad(Road):
             real = offset < lengths[low:high, None]
             place = places[torch.where(real, starts[low:high, None] + offset, 0)]
             arranged.append((place, real))
-            size = (high - low) * self.heads * longest
-            part = slice(first, first + size), slice(weights, weights + size * longest)
-            self.parts.append((*part, place, None if bool(real.all()) else ~real))
-            first, weights = first + size, weights + size * longest
+            missing = None if bool(real.all()) else ~real
+            # A single document may be too large for all heads at once.
+            together = self.heads if high - low > 1 else max(1, min(self.heads, self.budget // longest**2))
+            for heads in torch.arange(self.heads, device=device).split(together):
+                size = (high - low) * len(heads) * longest
+                part = slice(first, first + size), slice(weights, weights + size * longest)
+                self.parts.append((*part, place, missing, heads.view(1, -1, 1, 1)))
+                first, weights = first + size, weights + size * longest
         head = torch.arange(self.heads, device=device).view(-1, 1)
         shared = head // (self.heads // self.groups)
         self.order, self.key_order = (
@@ -152,10 +153,9 @@ class DocumentRoad(Road):
 
     def steps(self, with_sink: bool) -> Iterator[list[Step]]:
         """One step for each part: its softmax needs no other."""
-        own = torch.arange(self.heads, device=self.query.device).view(1, -1, 1, 1)
         # With a sink, weights come from a sum that is kept, and none is kept for what documents are filled up with.
         everything = self.pattern.sees_all and not self.pattern.causal and not with_sink
-        for where, weights, place, missing in self.parts:
+        for where, weights, place, missing, own in self.parts:
             query = key = nothing = None
             if not everything or self.bias is not None or self.problem.dropout:
                 tokens = self.tokens.at(place)
@@ -171,7 +171,8 @@ class DocumentRoad(Road):
             yield [Step(own, where, where, (place.shape[1],) * 2, query, key, hidden, nothing, weights)]
 
     def read(self, x, places, length):
-        return x[places].view(-1, self.heads, length, x.shape[-1])
+        rows = (places.stop - places.start) // length
+        return x[places].view(-1, min(rows, self.heads), length, x.shape[-1])
 
     def arrange(self, x):
         return x.reshape(-1, x.shape[-1]).index_select(0, self.order)

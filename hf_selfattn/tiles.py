@@ -1,6 +1,7 @@
 """Which blocks of queries and keys a kernel of tiles has to look at."""
 
 import ast
+import math
 import re
 from typing import NamedTuple
 
@@ -15,7 +16,11 @@ saved with a model) do not replace each other's."""
 
 
 WHOLE_BELOW = 512
-"""Documents of at most this many tokens are computed whole, and need no table of blocks."""
+"""Documents of at most this many tokens are computed whole; their blocks are not visited."""
+
+
+FILLED = 0.75
+"""The shortest of documents that are computed together, as a share of the longest."""
 
 
 class TileMask(NamedTuple):
@@ -26,6 +31,8 @@ class TileMask(NamedTuple):
         whole: of the same shape, True where every token of the one sees every token of the other.
         block_size: tokens in a block; the last block may be shorter.
         whole_below: documents of at most this many tokens are computed whole, and their blocks are not visited.
+        room: for each head, at least as many numbers as the weights of documents that are computed whole, those that
+            documents are filled up with included; 0 while a graph is traced.
         pattern: what decides within a block.
         query, key: Tokens (R, N) and (R, K).
         heads: the numbers of these heads in the whole model.
@@ -36,6 +43,7 @@ class TileMask(NamedTuple):
     whole: torch.Tensor
     block_size: int
     whole_below: int
+    room: int
     pattern: object
     query: Tokens
     key: Tokens
@@ -53,11 +61,11 @@ def mask(
         # A short text is one block; while a graph is traced, its length may stand for any.
         block_size = min(block_size, max(query.position.shape[1], key.position.shape[1], 1))
     # With a memory a text sees more than its own tokens, and a mask of pairs is read block by block.
-    whole_below = min(pattern.whole_below, WHOLE_BELOW) if key is query and user_mask is None else 0
+    whole_below, room = WHOLE_BELOW if key is query and user_mask is None else 0, 0
     if whole_below and values_can_be_read(query.position):
-        whole_below = (
-            int(query.length.masked_fill(~is_short(query, whole_below), 0).max()) if query.length.numel() else 0
-        )
+        lengths = query.length.masked_fill(~is_short(query, whole_below), 0)
+        whole_below = int(lengths.max()) if lengths.numel() else 0
+        room = math.ceil(int(lengths.sum()) / FILLED**2)
     visited, whole = visit_table(
         [x for x in query if x is not None],
         [x for x in key if x is not None],
@@ -70,7 +78,7 @@ def mask(
         block_size,
         whole_below,
     )
-    return TileMask(visited, whole, block_size, whole_below, pattern, query, key, heads, user_mask)
+    return TileMask(visited, whole, block_size, whole_below, room, pattern, query, key, heads, user_mask)
 
 
 @torch.library.custom_op(f"{OPERATORS}::visit_table", mutates_args=())

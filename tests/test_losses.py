@@ -427,3 +427,21 @@ class TestLinearCrossEntropy:
         head.load_state_dict(model.lm_head.state_dict())
         model.lm_head = head
         assert not torch.allclose(model(ids, labels=ids).loss, expected)
+
+    def test_second_derivatives_are_refused(self):
+        hidden, weight = drawn(3, 8).requires_grad_(), drawn(43, 8, seed=1).requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, None, integers(0, 43, 3))
+        with pytest.raises(RuntimeError, match=r"no second derivatives. Call model.eval\(\)"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
+
+    def test_a_frozen_weight_gets_no_gradient(self):
+        hidden, weight = drawn(3, 8).requires_grad_(), drawn(43, 8, seed=1)
+        loss = linear_cross_entropy(hidden, weight, drawn(43, seed=2), integers(0, 43, 3))
+        assert [x is None for x in loss.grad_fn.next_functions[0][0].saved_tensors] == [False, True, True]
+
+    def test_hooks_of_the_head_are_called(self, make_config, make_model):
+        model, called = make_model(make_config(), cls=SelfAttnForMaskedLM).train(), []
+        model.lm_head.register_forward_hook(lambda *args: called.append(True))
+        ids = integers(0, 43, B, N)
+        model(ids, labels=ids)
+        assert called == [True]

@@ -7,6 +7,7 @@ from hf_selfattn import (
     SelfAttnForMaskedLM,
     SelfAttnForQuestionAnswering,
     SelfAttnForTokenClassification,
+    kernels_rows,
     unsupported_reasons,
 )
 from hf_selfattn.packing import read_batch
@@ -276,3 +277,14 @@ def test_a_batch_without_a_real_token(kernel, make_config, make_model):
         outputs = model(torch.ones(2, 5, dtype=torch.long), attention_mask=torch.zeros(2, 5, dtype=torch.bool))
     assert (outputs.last_hidden_state == 0).all()
     assert outputs.last_hidden_state.shape[:2] == (2, 5)
+
+
+def test_dense_kernels_compute_little_more_than_is_meant():
+    """Pairs of tokens that are computed: less than 1 / FILLED² times the squares of the lengths, not longest² each."""
+    lengths = [600, 8, 9, 10, 8, 64, 60, 1]
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    packing = read_batch(1, sum(lengths), torch.device("cpu"), position_ids=position_ids).packed()
+    groups = kernels_rows.group_by_length(packing.tokens)
+    computed = sum(len(group) * group.shape[1] ** 2 for group in groups)
+    assert computed <= sum(n * n for n in lengths) / kernels_rows.FILLED**2
+    assert sorted(torch.cat([x[x < sum(lengths)] for x in groups]).tolist()) == list(range(sum(lengths)))

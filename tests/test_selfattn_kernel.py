@@ -341,7 +341,10 @@ def imported_copy(tmp_path, monkeypatch):
     code = (folder / "kernels_selfattn.py").read_text()
     for old, new in [
         ("return forward(problem,", "return tuple(x * 0 for x in forward(problem,"),
-        ("sink, keep_weights)\n\n\n@tiled_attention.reg", "sink, keep_weights))\n\n\n@tiled_attention.reg"),
+        (
+            "sink, with_gradient, room)\n\n\n@tiled_attention.reg",
+            "sink, with_gradient, room))\n\n\n@tiled_attention.reg",
+        ),
         ("return [x.contiguous() for", "return [x.contiguous() * 0 for"),
     ]:
         assert code.count(old) == 1

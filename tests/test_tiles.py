@@ -7,7 +7,7 @@ loops at N = 37; and with tiles of 5 tokens against the slow loops themselves.
 import pytest
 import torch
 
-from hf_selfattn import tile_roads
+from hf_selfattn import tile_roads, tiles
 
 from . import test_kernels
 from .small_tiles import use_small_tiles
@@ -185,3 +185,31 @@ def test_small_tiles_equal_slow_loops(choice, turn, small_tiles, make_config):
 def test_small_tiles_with_extras_equal_slow_loops(extra, small_tiles, make_config):
     choices = {"pattern": "sliding_window", "position": "t5"}
     check_kernel(make_config(**{**choices, **HEADS, **EXTRAS[extra]}), "selfattn", "padded", torch.float64)
+
+
+# Short documents whole beside long ones in blocks
+
+
+@pytest.mark.parametrize("extras", PLAIN_OR_NOT)
+def test_both_roads_in_one_batch(choice, extras, monkeypatch, make_config, make_model):
+    """Documents of up to 20 tokens go whole, longer ones block by block; they share blocks of the layout."""
+    monkeypatch.setattr(tiles, "WHOLE_BELOW", 20)
+    config = make_config(*choice, num_hidden_layers=1, **longer(choice), **PLAIN_OR_NOT[extras])
+    batch = {"position_ids": torch.cat([torch.arange(n) for n in (33, 20, 1, 64, 15, 17)])[None]}
+    compare(config, make_model, 1, batch)
+
+
+def test_many_heads_of_one_document_are_taken_in_turn(score, monkeypatch, make_config, make_model):
+    """Where one document's scores are too many at once: heads one by one, with parameters of their own."""
+    monkeypatch.setattr(tile_roads, "SCORES_AT_ONCE", 1)
+    config = make_config(score, "bigbird", position="t5", num_hidden_layers=1)
+    compare(config, make_model, *LONG["padded_right"])
+
+
+def test_what_is_not_a_number_stays_so(kernel, make_config, make_model):
+    model = make_model(make_config(num_hidden_layers=1), kernel)
+    with torch.no_grad():
+        model.layers[0].attention.q_proj.weight.fill_(float("nan"))
+        for length in (5, 700):
+            ids = torch.randint(43, (1, length), generator=torch.Generator().manual_seed(0))
+            assert torch.isnan(model(ids).last_hidden_state).all()
