@@ -92,7 +92,7 @@ def test_encoder_equals_slow_loops(choice, kernel, form, dtype, make_config, mak
     outputs.last_hidden_state.backward(upstream)
     gradient = embeds[0].grad
     if gradient.shape[:2] != layout.shape:  # padding was left out before the embeddings
-        gradient = torch.zeros(*layout.shape, config.hidden_size, dtype=dtype)
+        gradient = torch.zeros(*layout.shape, gradient.shape[-1], dtype=dtype)
         gradient[~layout.padding] = embeds[0].grad.squeeze(0)
     for actual, expected in zip(layout.take(gradient), documents.embeds_gradient, strict=True):
         assert_close(actual, expected, "gradient of embeddings")
