@@ -213,6 +213,7 @@ class BlockRoad(Road):
 
     def __init__(self, problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         super().__init__(problem, query, key, value)
+        self.budget *= 2  # measured: fewer, larger steps pay where blocks are gathered
         size = problem.block_size
         self.rows, self.groups = query.shape[0], key.shape[2]
         self.lengths = query.shape[1], key.shape[1]
