@@ -8,20 +8,17 @@
 process, medians. Tokens are real ones, without padding.
 """
 
-import argparse
 import itertools
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from batches import LONGEST, describe, make_batches
-from measure import CLOCKS, alternate, keep_memory, medians, write_result
+from comparison import run_benchmark
+from measure import alternate, medians
 from models import (
     PEERS,
-    PRECISIONS,
     Flags,
-    combinations,
     count_parameters,
     inputs,
     make_model,
@@ -29,8 +26,6 @@ from models import (
     prepare,
     run,
 )
-
-RESULTS = Path("benchmarks/results")
 
 HALF = {peer: Flags("sdpa", "bf16", compiled=True, windows=peer != "ModernBERT") for peer in PEERS}
 PACKED = {peer: replace(flags, rows="packed") for peer, flags in HALF.items()}
@@ -95,57 +90,5 @@ def measure(setting: str, runs: dict[str, tuple[str, Flags]], repeats: int, cloc
     return {"samples": samples, "table": rows, "data": data}
 
 
-def search(peer: str, setting: str, arguments: argparse.Namespace) -> None:
-    """Measures all of a peer's flags, then the fastest of them compiled, and writes them in order."""
-
-    def compare(flags: list[Flags]) -> dict:
-        return measure(setting, {str(f): (peer, f) for f in flags}, arguments.repeats, arguments.clock)
-
-    plain = combinations(peer, setting != "even", head=False, precisions=arguments.precisions)
-    found = compare(plain)
-    order = sorted(plain, key=lambda flags: found["table"][str(flags)]["ms"])
-    tops = [flags for flags in order if flags.precision != "fp32" and flags.attention != "fused"][
-        : arguments.compile_top
-    ]
-    compiled = compare([order[0], *(replace(flags, compiled=True) for flags in tops)])
-    config = {"peer": peer, "data": found["data"], "repeats": arguments.repeats, "clock": arguments.clock}
-    samples = {**found["samples"], **compiled["samples"]}
-    table = {**found["table"], **compiled["table"]}
-    name = peer.replace(".", "_")
-    write_result(RESULTS / f"inference_search_{name}_{setting}.json", config, samples, table=table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", choices=LONGEST, default=["even", "real128"])
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where others use the machine too")
-    parser.add_argument("--models", nargs="+", help="only models whose name begins so")
-    parser.add_argument("--search", nargs="+", choices=PEERS, metavar="PEER", help=", ".join(PEERS))
-    parser.add_argument("--compile_top", type=int, default=4)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of a search")
-    parser.add_argument("--output", type=Path, default=RESULTS / "inference_speed.json")
-    arguments = parser.parse_args()
-    keep_memory()
-    if arguments.search:
-        for setting, peer in itertools.product(arguments.settings, arguments.search):
-            search(peer, setting, arguments)
-        return
-
-    results = {}
-    for setting in arguments.settings:
-        runs = {f"{peer}, defaults": (peer, Flags()) for peer in PEERS[:2]}
-        runs |= {f"{peer}, {what}": (peer, flags) for (peer, what), flags in BEST[setting].items()}
-        runs |= {name: (name, flags) for name, flags in OURS.items()}
-        if setting != "even":
-            runs |= {f"{name}, documents": (name, replace(f, rows="documents")) for name, f in OURS.items()}
-        if arguments.models:
-            runs = {key: run for key, run in runs.items() if key.startswith(tuple(arguments.models))}
-        results[setting] = measure(setting, runs, arguments.repeats, arguments.clock)
-    config = {"repeats": arguments.repeats, "clock": arguments.clock, "settings": arguments.settings}
-    samples = {f"{key} | {setting}": s for setting, r in results.items() for key, s in r.pop("samples").items()}
-    write_result(arguments.output, config, samples, results=results)
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(__doc__, "inference", measure, BEST, OURS, repeats=30, compile_top=4)

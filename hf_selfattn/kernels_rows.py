@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from .packing import Packing, Tokens
-
-FILLED = 0.7
-"""The shortest of documents that are computed together, as a share of the longest."""
+from .packing import Packing, Tokens, runs_of_like_length
 
 
 class Group(NamedTuple):
@@ -47,6 +44,7 @@ def by_rows(make_mask: Callable, attend: Callable) -> tuple[Callable, Callable]:
     """The `mask` and `attend` of a kernel, which take packed tokens as well."""
 
     def mask(pattern, query: Tokens, key: Tokens, packing: Packing, heads: range, user_mask: torch.Tensor | None):
+        """The kernel's own mask of the grid, or Rows of packed tokens."""
         if not packing.is_packed or not query.document.numel():
             return make_mask(pattern, query, key, packing, heads, user_mask)
         groups = []
@@ -76,7 +74,7 @@ def by_rows(make_mask: Callable, attend: Callable) -> tuple[Callable, Callable]:
                 positions = {"query_position": group.positions, "key_position": group.positions}
                 scoring = scoring._replace(bias=bias._replace(query=own if second else None, **positions))
             heads.append(attend(q, k, v, group.mask, scoring, dropout, False)[0].flatten(0, 1))
-        return _Gather.apply(torch.cat(heads), mask.places, mask.back).unsqueeze(0)
+        return _Take.apply(torch.cat(heads), mask.back, mask.places).unsqueeze(0)
 
     def attend_rows(query, key, value, mask, scoring, dropout=0.0, need_weights=False):
         if isinstance(mask, Rows):
@@ -91,37 +89,30 @@ def group_by_length(tokens: Tokens) -> list[torch.Tensor]:
     _, lengths = tokens.document[0].unique_consecutive(return_counts=True)
     starts, device = lengths.cumsum(0) - lengths, lengths.device
     lengths, order = lengths.sort(descending=True, stable=True)
-    starts, known, groups, first = starts[order], lengths.tolist(), [], 0
-    for end in range(1, len(known) + 1):
-        if end == len(known) or known[end] < FILLED * known[first]:
-            offset = torch.arange(known[first], device=device)
-            inside = offset < lengths[first:end, None]
-            groups.append(torch.where(inside, starts[first:end, None] + offset, tokens.document.shape[1]))
-            first = end
+    starts, groups = starts[order], []
+    for longest, first, end in runs_of_like_length(lengths.tolist()):
+        offset = torch.arange(longest, device=device)
+        inside = offset < lengths[first:end, None]
+        groups.append(torch.where(inside, starts[first:end, None] + offset, tokens.document.shape[1]))
     return groups
 
 
 def _spread(x: torch.Tensor, rows: Rows) -> list[torch.Tensor]:
     """(1, T, …) to (documents, longest, …) of each group."""
-    parts = _Spread.apply(x.squeeze(0), rows.places, rows.back).split(
-        [a * b for a, b in (g.shape for g in rows.groups)]
-    )
+    sizes = [documents * longest for documents, longest in (group.shape for group in rows.groups)]
+    parts = _Take.apply(x.squeeze(0), rows.places, rows.back).split(sizes)
     return [part.unflatten(0, group.shape) for part, group in zip(parts, rows.groups, strict=True)]
 
 
-def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(T, …) to (S, …), 0 where no token stands."""
-    if len(places) > len(x):
-        x = pad(x, (0, 0) * (x.dim() - 1) + (0, 1))
-    return x.index_select(0, places)
-
-
-class _Spread(torch.autograd.Function):
-    """(T, …) to (S, …), and back in the backward: gathers both, where indexing would scatter."""
+class _Take(torch.autograd.Function):
+    """x[places], 0 where a place is one past the end; its backward takes from the gradient at `back`, the way back, so
+    that both are gathers, where indexing would scatter."""
 
     @staticmethod
     def forward(x, places, back):
-        return _take(x, places)
+        if len(places) > len(x):
+            x = pad(x, (0, 0) * (x.dim() - 1) + (0, 1))
+        return x.index_select(0, places)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -130,21 +121,4 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         places, back = ctx.saved_tensors
-        return _Gather.apply(grad, places, back), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """(S, …) to (T, …), and back in the backward."""
-
-    @staticmethod
-    def forward(x, places, back):
-        return x.index_select(0, back)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, grad):
-        places, back = ctx.saved_tensors
-        return _Spread.apply(grad, places, back), None, None
+        return _Take.apply(grad, back, places), None, None

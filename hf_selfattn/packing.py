@@ -4,6 +4,8 @@ Shape letters, the same in every file: B batch, N sequence length, T packed toke
 K keys, H heads, G key/value heads, D hidden size, d_k, d_v, V vocabulary.
 """
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -179,6 +181,22 @@ def _refuse_position_ids(position_ids: torch.Tensor, shape: tuple[int, int]):
         f"position_ids must be integers of shape {shape} or (1, {shape[1]}), got {position_ids.dtype} of shape "
         f"{tuple(position_ids.shape)}. Leave them out for positions that count from 0 in each row."
     )
+
+
+FILLED = 0.75
+"""The shortest of documents that are computed together, as a share of the longest."""
+
+
+def runs_of_like_length(lengths: list[int], budget: float = math.inf) -> Iterator[tuple[int, int, int]]:
+    """(longest, first, end) of runs of falling lengths whose documents are computed together, each a row: alike, and
+    no more than `budget` pairs of tokens unless a single document has more."""
+    first = 0
+    for end in range(1, len(lengths) + 1):
+        longest = lengths[first]
+        full = (end - first + 1) * longest**2 > budget
+        if end == len(lengths) or full or lengths[end] < FILLED * longest:
+            yield longest, first, end
+            first = end
 
 
 def values_can_be_read(tensor: torch.Tensor) -> bool:

@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 
 from .biases import BIASES
 from .masks import visible
-from .packing import Tokens
+from .packing import Tokens, runs_of_like_length
 from .patterns import PATTERNS, mix
 from .scores import SCORES
 from .tile_problem import Problem, Step
-from .tiles import FILLED, is_short, pad_to_blocks, without_short
+from .tiles import is_short, pad_to_blocks, without_short
 
 SCORES_AT_ONCE = 2**19
 """Scores held at once where each takes two bytes: 1 MiB, which stays near a processor's core."""
@@ -123,7 +123,7 @@ class DocumentRoad(Road):
         starts = starts[order]
 
         self.parts, arranged, first, weights = [], [], 0, 0
-        for longest, low, high in _alike(lengths.tolist(), self.budget // self.heads):
+        for longest, low, high in runs_of_like_length(lengths.tolist(), self.budget // self.heads):
             offset = torch.arange(longest, device=device)
             real = offset < lengths[low:high, None]
             place = places[torch.where(real, starts[low:high, None] + offset, 0)]
@@ -331,17 +331,6 @@ def scaled_product(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tens
     left, right = x.flatten(0, 1), y.flatten(0, 1)
     out = x.new_empty(len(left), left.shape[1], right.shape[2])
     return torch.baddbmm(out, left, right, beta=0, alpha=scale).unflatten(0, x.shape[:2])
-
-
-def _alike(lengths: list[int], budget: int) -> Iterator[tuple[int, int, int]]:
-    """(longest, first, end) of runs of falling lengths that are computed together: alike, and few enough."""
-    first = 0
-    for end in range(1, len(lengths) + 1):
-        longest = lengths[first]
-        full = (end - first + 1) * longest**2 > budget
-        if end == len(lengths) or full or lengths[end] < FILLED * longest:
-            yield longest, first, end
-            first = end
 
 
 def _with_flags(fields) -> Tokens:

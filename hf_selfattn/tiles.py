@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .packing import Packing, Tokens, values_can_be_read
+from .packing import FILLED, Packing, Tokens, values_can_be_read
 from .patterns import PATTERNS
 
 OPERATORS = re.sub(r"\W", "_", __name__.rpartition(".")[0])
@@ -17,10 +17,6 @@ saved with a model) do not replace each other's."""
 
 WHOLE_BELOW = 512
 """Documents of at most this many tokens are computed whole; their blocks are not visited."""
-
-
-FILLED = 0.75
-"""The shortest of documents that are computed together, as a share of the longest."""
 
 
 class TileMask(NamedTuple):

@@ -10,7 +10,7 @@ from hf_selfattn import (
     kernels_rows,
     unsupported_reasons,
 )
-from hf_selfattn.packing import read_batch
+from hf_selfattn.packing import FILLED, read_batch
 
 from . import reference
 from .conftest import FORMS
@@ -286,5 +286,5 @@ def test_dense_kernels_compute_little_more_than_is_meant():
     packing = read_batch(1, sum(lengths), torch.device("cpu"), position_ids=position_ids).packed()
     groups = kernels_rows.group_by_length(packing.tokens)
     computed = sum(len(group) * group.shape[1] ** 2 for group in groups)
-    assert computed <= sum(n * n for n in lengths) / kernels_rows.FILLED**2
+    assert computed <= sum(n * n for n in lengths) / FILLED**2
     assert sorted(torch.cat([x[x < sum(lengths)] for x in groups]).tolist()) == list(range(sum(lengths)))

@@ -12,6 +12,8 @@ from transformers import BertConfig, Trainer, TrainingArguments
 
 from hf_selfattn import AUTO_MAP, SelfAttnConfig
 
+from .processes import join_two
+
 STEPS = 3
 SIZES = {
     "vocab_size": 43,
@@ -197,16 +199,7 @@ def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
 
 def _in_one_of_two(rank, port, folder, runs):
     """One of two processes: trains each (head, batch size, accumulation) and the first writes the curves."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    torch.set_num_threads(1)
+    join_two(rank, port)
     curves = []
     for head, batch_size, accumulation in runs:
         curves.append(train(make_model(head), make_examples(head), folder, batch_size, accumulation))

@@ -21,6 +21,7 @@ from hf_selfattn.tools.collators import MaskingCollator, PaddingCollator
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator
 from hf_selfattn.tools.training import Rows
 
+from .processes import join_two
 from .test_tools_collators import rows_of
 from .train_scripts import tiny_tokenizer
 
@@ -121,16 +122,7 @@ class TestOneProcess:
 
 def _in_one_of_two(rank, port, folder):
     """One of two processes: trains each head on packed rows, and the first writes the curves."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    torch.set_num_threads(1)
+    join_two(rank, port)
     curves = {head: train(head, folder, True, None, 4) for head in HEADS}
     assert torch.distributed.get_world_size() == 2
     if rank == 0:
