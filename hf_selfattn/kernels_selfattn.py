@@ -7,14 +7,14 @@ import torch
 
 from .kernels_eager import attend as attend_eager
 from .masks import allowed
+from .packing import values_can_be_read
 from .scores import SCORES, Scoring
 from .tile_math import backward, forward
 from .tile_problem import Problem
 from .tiles import OPERATORS, TileMask, fields_given, name_of, tokens_from
 
 
-@torch.library.custom_op(f"{OPERATORS}::tiled_attention", mutates_args=())
-def tiled_attention(
+def compute(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -27,6 +27,7 @@ def tiled_attention(
     query_tokens: list[torch.Tensor],
     key_tokens: list[torch.Tensor],
     user_mask: torch.Tensor | None,
+    plan: torch.Tensor,
     seed: torch.Tensor,
     fields: list[bool],
     pattern: str,
@@ -49,6 +50,7 @@ def tiled_attention(
         whole=whole,
         block_size=block_size,
         whole_below=whole_below,
+        plan=plan,
         pattern=(pattern, pattern_numbers),
         query_tokens=tokens_from(query_tokens, fields),
         key_tokens=tokens_from(key_tokens, fields),
@@ -62,6 +64,9 @@ def tiled_attention(
     )
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         return forward(problem, query, key, value, bias_query, sink, with_gradient, room)
+
+
+tiled_attention = torch.library.custom_op(f"{OPERATORS}::tiled_attention", compute, mutates_args=())
 
 
 @tiled_attention.register_fake
@@ -93,6 +98,7 @@ def tiled_attention_backward(
     query_tokens: list[torch.Tensor],
     key_tokens: list[torch.Tensor],
     user_mask: torch.Tensor | None,
+    plan: torch.Tensor,
     seed: torch.Tensor,
     fields: list[bool],
     pattern: str,
@@ -115,6 +121,7 @@ def tiled_attention_backward(
         whole=whole,
         block_size=block_size,
         whole_below=whole_below,
+        plan=plan,
         pattern=(pattern, pattern_numbers),
         query_tokens=tokens_from(query_tokens, fields),
         key_tokens=tokens_from(key_tokens, fields),
@@ -142,9 +149,9 @@ def _save(ctx, inputs, output):
     ctx.lists = [
         len(x) if isinstance(x, list) and all(isinstance(y, torch.Tensor) for y in x) else None for x in inputs
     ]
-    ctx.constants = inputs[13:]
+    ctx.constants = inputs[14:]
     flat = []
-    for x in inputs[:13]:
+    for x in inputs[:14]:
         flat.extend(x if isinstance(x, list) else [x])
     ctx.save_for_backward(*output, *flat)
     ctx.set_materialize_grads(False)
@@ -154,7 +161,7 @@ def _backward(ctx, grad, *_):
     heads, log_sum, kept, *flat = ctx.saved_tensors
     grad = torch.zeros_like(heads) if grad is None else grad
     inputs = []
-    for size in ctx.lists[:13]:
+    for size in ctx.lists[:14]:
         inputs.append(flat.pop(0) if size is None else [flat.pop(0) for _ in range(size)])
     found = tiled_attention_backward(heads, log_sum, kept, grad.contiguous(), *inputs, *ctx.constants)
     grads = [found.pop(0) if x is not None else None for x in inputs[:5]]
@@ -182,15 +189,19 @@ def attend(
     bias = scoring.bias
     score_tensors, score_numbers = _tensors_first(scoring.parameters)
     bias_tensors, bias_numbers = _tensors_first(() if bias is None else bias.parameters)
-    with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    second = None if bias is None or bias.query is None else bias.query.to(value.dtype)
+    inputs = (query, key, value, second, scoring.sink, *score_tensors, *bias_tensors)
+    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     scores_alone = SCORES[scoring.name].is_dot_product and not scoring.softcap and bias is None
     room = mask.room * query.shape[2] if with_gradient and scores_alone and scoring.sink is None else 0
     seed = torch.randint(2**31, ()) if dropout else torch.zeros((), dtype=torch.int64)
-    heads, *_ = tiled_attention(
+    # Without a gradient and outside a graph nothing needs an operator, which costs a third of a millisecond.
+    run = compute if not with_gradient and values_can_be_read(query) else tiled_attention
+    heads, *_ = run(
         query.to(value.dtype),
         key.to(value.dtype),
         value,
-        None if bias is None or bias.query is None else bias.query.to(value.dtype),
+        second,
         scoring.sink,
         score_tensors,
         bias_tensors,
@@ -199,6 +210,7 @@ def attend(
         [x for x in mask.query if x is not None],
         [x for x in mask.key if x is not None],
         mask.user_mask,
+        mask.plan,
         seed.to(value.device),
         fields_given(mask.query),
         name_of(mask.pattern),

@@ -3,8 +3,10 @@
 A new pattern is one frozen dataclass of numbers, one row in PATTERNS, one slow loop in tests/reference.py.
 """
 
+import ast
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -347,6 +349,16 @@ def layer_patterns(config) -> list[Pattern]:
     """The pattern of each layer, from `config.attention_pattern` (one name for all layers, or a list of names)."""
     names = [of_layer(config.attention_pattern, layer) for layer in range(config.num_hidden_layers)]
     return [PATTERNS[name].from_config(config, layer) for layer, name in enumerate(names)]
+
+
+def pattern_of(name: str, numbers: str) -> Pattern:
+    """The pattern that `name` and `numbers_as_text` say."""
+    return _read_pattern(PATTERNS[name], numbers)
+
+
+@lru_cache(maxsize=256)
+def _read_pattern(cls: type[Pattern], numbers: str) -> Pattern:
+    return cls(**ast.literal_eval(numbers))
 
 
 def within(query: tuple[Tokens, Tokens], key: tuple[Tokens, Tokens], reach: int) -> torch.Tensor:

@@ -4,12 +4,16 @@ A softmax whose keys are all in one step is taken at once; else it runs over the
 backward. The weights of short documents can be kept for the backward, too; all others are computed again.
 """
 
-import ast
+from collections.abc import Iterator
 
 import torch
 
+from .patterns import pattern_of
+from .tile_blocks import BlockRoad
+from .tile_documents import DocumentRoad
+from .tile_plan import without_short
 from .tile_problem import Problem, Step
-from .tile_roads import Road, roads, scaled_product
+from .tile_roads import Road, scaled_product
 
 
 def forward(
@@ -36,13 +40,15 @@ def forward(
     found, log_sum = None, query.new_zeros(*query.shape[:3], dtype=exact)
     fused = not with_gradient and may_fuse(problem, sink) and query.shape[3] == value.shape[3]
     if fused and is_full(problem, query, key):
-        lengths = problem.query_tokens.length
-        longest = int(lengths.max())
-        if longest and bool((lengths == longest).all()):
-            parts = (x.reshape(-1, longest, *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
+        if bool(problem.visited.any()):
+            longest = int(problem.query_tokens.length.max())
+            none = torch.zeros_like(problem.visited)
+            problem = problem._replace(whole_below=longest, plan=problem.plan.new_empty(0), visited=none)
+        plan = problem.documents()
+        if plan is not None and plan.in_place:
+            parts = (x.view(-1, plan.groups[0][0], *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
             heads = _fused(*parts, problem.score[2][0], grouped=query.shape[2] != key.shape[2]).transpose(1, 2)
             return heads.reshape(*query.shape[:3], -1), log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
-        problem = problem._replace(whole_below=longest, visited=torch.zeros_like(problem.visited))
     kept = query.new_empty(room)
     for road in roads(problem, query, key, value):
         road.fused = fused
@@ -68,6 +74,17 @@ def forward(
     return found.contiguous(), log_sum.transpose(1, 2).contiguous(), kept
 
 
+def roads(problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Iterator[Road]:
+    """The roads that have something to compute; together they compute all."""
+    plan = problem.documents()
+    if plan is not None:
+        yield DocumentRoad(problem, plan, query, key, value)
+        tokens = without_short(problem.query_tokens, problem.whole_below)
+        problem = problem._replace(query_tokens=tokens, key_tokens=tokens)
+    if bool(problem.visited.any()):
+        yield BlockRoad(problem, query, key, value)
+
+
 def may_fuse(problem: Problem, sink: torch.Tensor | None) -> bool:
     """Whether torch's fused attention computes the same. Its forward is the faster one, its backward is not."""
     return problem.scores_alone and sink is None and not problem.dropout
@@ -81,7 +98,7 @@ def _fused(query, key, value, scale: float, grouped: bool = False, mask: torch.T
 
 def is_full(problem: Problem, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether each token sees all of its document and no more, so that documents of any length may be taken whole."""
-    causal = ast.literal_eval(problem.pattern[1])["causal"]
+    causal = pattern_of(*problem.pattern).causal
     alone = problem.user_mask is None and query.shape[1] == key.shape[1]
     return problem.pattern[0] == "full" and not causal and alone and query.numel() > 0
 

@@ -6,6 +6,7 @@ import torch
 
 from .packing import Tokens
 from .scores import SCORES
+from .tile_plan import DocumentPlan, plan_documents
 
 
 class Problem(NamedTuple):
@@ -15,6 +16,7 @@ class Problem(NamedTuple):
         visited, whole: bool (R, 1 or H, query blocks + 1, key blocks + 1), as `tiles.visit_table` makes them.
         block_size: tokens in a block.
         whole_below: documents of at most this many tokens are computed whole.
+        plan: how, a `DocumentPlan` as a tensor; without numbers where it is not made yet.
         pattern: a row of PATTERNS, and its numbers as text.
         query_tokens, key_tokens: Tokens (R, N) and (R, K).
         first_head: the number of the first head in the whole model.
@@ -30,6 +32,7 @@ class Problem(NamedTuple):
     whole: torch.Tensor
     block_size: int
     whole_below: int
+    plan: torch.Tensor
     pattern: tuple[str, str]
     query_tokens: Tokens
     key_tokens: Tokens
@@ -40,6 +43,14 @@ class Problem(NamedTuple):
     softcap: float
     dropout: float
     seed: torch.Tensor
+
+    def documents(self) -> DocumentPlan | None:
+        """The documents that are computed whole, or None where there are none."""
+        if not self.whole_below:
+            return None
+        made = self.plan.numel() > 0
+        plan = DocumentPlan.from_tensor(self.plan) if made else plan_documents(self.query_tokens, self.whole_below)
+        return plan if plan.groups else None
 
     @property
     def scores_alone(self) -> bool:

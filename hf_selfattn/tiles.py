@@ -1,14 +1,13 @@
 """Which blocks of queries and keys a kernel of tiles has to look at."""
 
-import ast
-import math
 import re
 from typing import NamedTuple
 
 import torch
 
-from .packing import FILLED, Packing, Tokens, values_can_be_read
-from .patterns import PATTERNS
+from .packing import Packing, Tokens, values_can_be_read
+from .patterns import PATTERNS, pattern_of
+from .tile_plan import plan_documents, without_short
 
 OPERATORS = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 """The namespace of this copy's operators: two copies of the code in one process (the installed package, and the code
@@ -27,8 +26,8 @@ class TileMask(NamedTuple):
         whole: of the same shape, True where every token of the one sees every token of the other.
         block_size: tokens in a block; the last block may be shorter.
         whole_below: documents of at most this many tokens are computed whole, and their blocks are not visited.
-        room: for each head, at least as many numbers as the weights of documents that are computed whole, those that
-            documents are filled up with included; 0 while a graph is traced.
+        plan: how those are computed, `DocumentPlan.as_tensor`; without numbers while a graph is traced.
+        room: for each head, the number of weights of documents that are computed whole; 0 while a graph is traced.
         pattern: what decides within a block.
         query, key: Tokens (R, N) and (R, K).
         heads: the numbers of these heads in the whole model.
@@ -39,6 +38,7 @@ class TileMask(NamedTuple):
     whole: torch.Tensor
     block_size: int
     whole_below: int
+    plan: torch.Tensor
     room: int
     pattern: object
     query: Tokens
@@ -57,11 +57,12 @@ def mask(
         # A short text is one block; while a graph is traced, its length may stand for any.
         block_size = min(block_size, max(query.position.shape[1], key.position.shape[1], 1))
     # With a memory a text sees more than its own tokens, and a mask of pairs is read block by block.
-    whole_below, room = WHOLE_BELOW if key is query and user_mask is None else 0, 0
+    whole_below = WHOLE_BELOW if key is query and user_mask is None else 0
+    plan, room = query.document.new_empty(0), 0
     if whole_below and values_can_be_read(query.position):
-        lengths = query.length.masked_fill(~is_short(query, whole_below), 0)
-        whole_below = int(lengths.max()) if lengths.numel() else 0
-        room = math.ceil(int(lengths.sum()) / FILLED**2)
+        documents = plan_documents(query, whole_below)
+        whole_below = max((longest for longest, _ in documents.groups), default=0)
+        plan, room = documents.as_tensor(), documents.pairs
     visited, whole = visit_table(
         [x for x in query if x is not None],
         [x for x in key if x is not None],
@@ -74,7 +75,7 @@ def mask(
         block_size,
         whole_below,
     )
-    return TileMask(visited, whole, block_size, whole_below, room, pattern, query, key, heads, user_mask)
+    return TileMask(visited, whole, block_size, whole_below, plan, room, pattern, query, key, heads, user_mask)
 
 
 @torch.library.custom_op(f"{OPERATORS}::visit_table", mutates_args=())
@@ -95,7 +96,7 @@ def visit_table(
     Each has one block more than there is, never visited: a graph traced with a dynamic length would otherwise hold
     only for texts of more than one block.
     """
-    pattern = PATTERNS[pattern](**ast.literal_eval(pattern_numbers))
+    pattern = pattern_of(pattern, pattern_numbers)
     query, key = tokens_from(query_tokens, fields), tokens_from(key_tokens, fields)
     if whole_below:
         query = key = without_short(query, whole_below)
@@ -149,16 +150,6 @@ def look_at_blocks(
     filled = _filled(query, block_size)[:, None, :, None] & _filled(key, block_size)[:, None, None, :]
     whole = visited & whole & filled & ~mixed
     return visited, whole
-
-
-def is_short(tokens: Tokens, whole_below: int) -> torch.Tensor:
-    """bool (R, N): real tokens of documents that are computed whole."""
-    return (tokens.document >= 0) & (tokens.length <= whole_below)
-
-
-def without_short(tokens: Tokens, whole_below: int) -> Tokens:
-    """The same, with documents that are computed whole as padding."""
-    return tokens._replace(document=tokens.document.masked_fill(is_short(tokens, whole_below), -1))
 
 
 def _filled(tokens: Tokens, block_size: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Tiles so small that a text of a few tokens has several of them, and each query several steps of running softmax."""
 
-from hf_selfattn import PATTERNS, tile_roads, tiles
+from hf_selfattn import PATTERNS, tile_blocks, tile_roads, tiles
 from hf_selfattn.patterns import Pattern
 
 TILE = 5
@@ -11,7 +11,7 @@ def use_small_tiles(monkeypatch, tile: int = TILE) -> None:
     for cls in (Pattern, *PATTERNS.values()):
         if "tile_size" in vars(cls):
             monkeypatch.setattr(cls, "tile_size", property(lambda self: tile))
-    monkeypatch.setattr(tile_roads, "KEYS_AT_ONCE", 2 * tile)
+    monkeypatch.setattr(tile_blocks, "KEYS_AT_ONCE", 2 * tile)
     monkeypatch.setattr(tile_roads, "SCORES_AT_ONCE", 1000)
     use_blocks(monkeypatch)
 

@@ -342,8 +342,8 @@ def imported_copy(tmp_path, monkeypatch):
     for old, new in [
         ("return forward(problem,", "return tuple(x * 0 for x in forward(problem,"),
         (
-            "sink, with_gradient, room)\n\n\n@tiled_attention.reg",
-            "sink, with_gradient, room))\n\n\n@tiled_attention.reg",
+            "sink, with_gradient, room)\n\n\ntiled_attention =",
+            "sink, with_gradient, room))\n\n\ntiled_attention =",
         ),
         ("return [x.contiguous() for", "return [x.contiguous() * 0 for"),
     ]:

@@ -7,7 +7,7 @@ loops at N = 37; and with tiles of 5 tokens against the slow loops themselves.
 import pytest
 import torch
 
-from hf_selfattn import tile_roads, tiles
+from hf_selfattn import tile_blocks, tile_roads, tiles
 
 from . import test_kernels
 from .small_tiles import use_small_tiles
@@ -141,7 +141,7 @@ def test_sparse_equals_dense(sparse, score, causal, make_config, make_model):
 @pytest.mark.parametrize("position", ["rotary", "t5", "transformer_xl"])
 def test_many_steps_of_the_running_softmax(score, position, monkeypatch, make_config, make_model):
     """One key block a step, so that rows meet their greatest score early, late or after a step that is all hidden."""
-    monkeypatch.setattr(tile_roads, "KEYS_AT_ONCE", 1)
+    monkeypatch.setattr(tile_blocks, "KEYS_AT_ONCE", 1)
     monkeypatch.setattr(tile_roads, "SCORES_AT_ONCE", 1)
     config = make_config(score, "full", True, position, num_hidden_layers=1, attention_sink=True)
     compare(config, make_model, *LONG["pairs"])
