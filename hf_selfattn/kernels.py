@@ -25,6 +25,7 @@ from .kernels_flex import reasons as flex_reasons
 from .kernels_rows import by_rows
 from .kernels_selfattn import attend as attend_selfattn
 from .kernels_selfattn import reasons as selfattn_reasons
+from .kernels_varlen import varlen_reasons, window_of, with_varlen
 from .patterns import Pattern, layer_patterns
 from .tiles import mask as tile_mask
 
@@ -46,6 +47,9 @@ KERNELS: dict[str, Kernel] = {
     "eager": Kernel(*by_rows(dense_mask, attend_eager), eager_reasons),
 }
 """In the order in which `default_kernel` tries them where `attn_implementation` names none."""
+
+SDPA_WITH_VARLEN = Kernel(*with_varlen(*by_rows(dense_mask, attend_sdpa)), sdpa_reasons)
+"""'sdpa' where flash attention over documents can compute the configuration."""
 
 
 def unsupported_reasons(
@@ -76,12 +80,14 @@ def unsupported_reasons(
 def default_kernel(config, **known) -> str:
     """The first kernel of KERNELS that can compute `config`; `known` as for `unsupported_reasons`.
 
-    'selfattn' comes first where a pattern leaves blocks out (its time and memory grow with what is seen), and on a
-    machine without an accelerator (torch's fused attention has a slow backward on a CPU).
+    'selfattn' comes first where a pattern leaves blocks out (its time and memory grow with what is seen) that flash
+    attention does not leave out as well, and on a machine without an accelerator (torch's fused attention has a slow
+    backward on a CPU).
     """
-    order = list(KERNELS)
-    sparse = any(type(pattern).may_see is not Pattern.may_see for pattern in layer_patterns(config))
-    if sparse or not torch.accelerator.is_available():
+    order, patterns = list(KERNELS), layer_patterns(config)
+    sparse = any(type(pattern).may_see is not Pattern.may_see for pattern in patterns)
+    flash = torch.cuda.is_available() and not varlen_reasons(config) and all(map(window_of, patterns))
+    if (sparse and not flash) or not torch.accelerator.is_available():
         order.sort(key=lambda name: name != "selfattn")
     name = next(name for name in order if not unsupported_reasons(config, name, **known))
     logger.info(f"attn_implementation: {name}, the first of {', '.join(order)} that can compute this configuration.")
@@ -101,4 +107,5 @@ def check_kernel(config, kernel: str, **known) -> None:
 
 def attention_kernel(config) -> Kernel:
     """The kernel that `config` names now: `set_attn_implementation` changes the config and tells no module."""
-    return KERNELS[config._attn_implementation]
+    name = config._attn_implementation
+    return SDPA_WITH_VARLEN if name == "sdpa" and not varlen_reasons(config) else KERNELS[name]
