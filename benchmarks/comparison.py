@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from batches import LONGEST
-from measure import CLOCKS, keep_memory, write_result
+from measure import CLOCKS, write_result
 from models import PEERS, PRECISIONS, Flags, combinations
+
+from hf_selfattn.tools.fast_defaults import keep_memory
 
 RESULTS = Path("benchmarks/results")
 

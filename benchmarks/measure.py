@@ -1,6 +1,5 @@
 """What the benchmarks share: alternating timing, peak memory in a fresh process, and the record of where it ran."""
 
-import ctypes
 import json
 import os
 import platform
@@ -36,26 +35,22 @@ def environment() -> dict:
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory: else each step asks the system for its large tensors anew (15 % of a step)."""
-    if platform.system() == "Linux":
-        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
-
-
 def alternate(
-    steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: str = "wall"
+    steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: str = "wall", rehearse: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each step, measured in turn: A B C A B C …, so that a change of the machine's speed meets all.
 
     Args:
         clock: a row of CLOCKS; "cpu" for a machine on which others work too, where one thread is measured.
+        rehearse: each step runs once more before its clock starts: where it takes milliseconds, what the step before
+            it has left in the caches would count.
     """
     now = CLOCKS[clock]
     samples = {name: [] for name in steps}
     for turn in range(warmup + repeats):
         for name, step in steps.items():
+            if rehearse:
+                step()
             start = now()
             step()
             if turn >= warmup:
