@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import torch
 
-from .patterns import pattern_of
 from .tile_blocks import BlockRoad
 from .tile_documents import DocumentRoad
-from .tile_plan import without_short
+from .tile_fused import WHOLE, FusedRoad, is_full, may_train
+from .tile_plan import plan_documents, without_short
 from .tile_problem import Problem, Step
 from .tile_roads import Road, scaled_product
 
@@ -50,7 +50,11 @@ def forward(
             heads = _fused(*parts, problem.score[2][0], grouped=query.shape[2] != key.shape[2]).transpose(1, 2)
             return heads.reshape(*query.shape[:3], -1), log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
     kept = query.new_empty(room)
-    for road in roads(problem, query, key, value):
+    for road in roads(problem, query, key, value, sink):
+        if isinstance(road, FusedRoad):
+            out, sums = road.forward()
+            found, log_sum = out if found is None else found + out, log_sum + sums
+            continue
         road.fused = fused
         second = None if bias_query is None else road.arrange(bias_query)
         out, log_sums = road.empty(value.shape[3], value.dtype), None
@@ -74,14 +78,23 @@ def forward(
     return found.contiguous(), log_sum.transpose(1, 2).contiguous(), kept
 
 
-def roads(problem: Problem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Iterator[Road]:
+def roads(problem: Problem, query, key, value, sink) -> Iterator[Road]:
     """The roads that have something to compute; together they compute all."""
+    by_torch, blocks = may_train(problem, sink, query, key, value), bool(problem.visited.any())
+    if by_torch and query.dtype in WHOLE:
+        plan = plan_documents(problem.query_tokens) if blocks else problem.documents()
+        if plan is not None:
+            yield FusedRoad(problem, plan, query, key, value)
+        return
     plan = problem.documents()
     if plan is not None:
         yield DocumentRoad(problem, plan, query, key, value)
         tokens = without_short(problem.query_tokens, problem.whole_below)
         problem = problem._replace(query_tokens=tokens, key_tokens=tokens)
-    if bool(problem.visited.any()):
+    if blocks and by_torch:
+        plan = plan_documents(problem.query_tokens, more_than=problem.whole_below)
+        yield FusedRoad(problem, plan, query, key, value)
+    elif blocks:
         yield BlockRoad(problem, query, key, value)
 
 
@@ -94,13 +107,6 @@ def _fused(query, key, value, scale: float, grouped: bool = False, mask: torch.T
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
     )
-
-
-def is_full(problem: Problem, query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether each token sees all of its document and no more, so that documents of any length may be taken whole."""
-    causal = pattern_of(*problem.pattern).causal
-    alone = problem.user_mask is None and query.shape[1] == key.shape[1]
-    return problem.pattern[0] == "full" and not causal and alone and query.numel() > 0
 
 
 def _read_query(road: Road, step: Step, second: torch.Tensor | None) -> tuple:
@@ -197,7 +203,11 @@ def backward(
     of_tensors = [torch.zeros_like(x, dtype=exact) for x in tensors]
     found = None
     common, log_sum = None, log_sum.transpose(1, 2).unsqueeze(-1)
-    for road in roads(problem, query, key, value):
+    for road in roads(problem, query, key, value, sink):
+        if isinstance(road, FusedRoad):
+            made = road.backward(grad, heads, log_sum.squeeze(-1))
+            found = made if found is None else [_plus(x, y, exact) for x, y in zip(found, made, strict=True)]
+            continue
         grads, sums = road.arrange_gradient(grad), None
         second = None if bias_query is None else road.arrange(bias_query)
         of_query, of_second = road.empty(query.shape[3], query.dtype), None

@@ -53,10 +53,13 @@ def without_short(tokens: Tokens, whole_below: int) -> Tokens:
     return tokens._replace(document=tokens.document.masked_fill(is_short(tokens, whole_below), -1))
 
 
-def plan_documents(tokens: Tokens, whole_below: int) -> DocumentPlan:
-    """The plan of all documents with at most `whole_below` tokens. Values are read."""
+def plan_documents(tokens: Tokens, whole_below: int | None = None, more_than: int = 0) -> DocumentPlan:
+    """The plan of all documents with at most `whole_below` tokens (None: any length), and `more_than` so many. Values
+    are read."""
     device = tokens.document.device
-    places = is_short(tokens, whole_below).flatten().nonzero().squeeze(1)
+    taken = tokens.length > more_than  # 0 at padding
+    taken = taken if whole_below is None else taken & is_short(tokens, whole_below)
+    places = taken.flatten().nonzero().squeeze(1)
     _, lengths = tokens.document.flatten()[places].unique_consecutive(return_counts=True)
     starts = lengths.cumsum(0) - lengths
     lengths, by_length = lengths.sort(descending=True, stable=True)

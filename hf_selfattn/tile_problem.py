@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .packing import Tokens
+from .patterns import pattern_of
 from .scores import SCORES
 from .tile_plan import DocumentPlan, plan_documents
 
@@ -51,6 +52,12 @@ class Problem(NamedTuple):
         made = self.plan.numel() > 0
         plan = DocumentPlan.from_tensor(self.plan) if made else plan_documents(self.query_tokens, self.whole_below)
         return plan if plan.groups else None
+
+    @property
+    def sees_documents(self) -> bool:
+        """Whether the pattern shows each token all of its document."""
+        pattern = pattern_of(*self.pattern)
+        return pattern.sees_all and not pattern.causal
 
     @property
     def scores_alone(self) -> bool:

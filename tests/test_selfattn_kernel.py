@@ -456,7 +456,7 @@ def scores_computed(pattern, length, heads=1, **batch):
         counts.append(step.query_places.numel() * step.key_places.shape[-1] * road.problem.block_size**2)
         return original(road, step)
 
-    x = torch.zeros(1, length, heads, 1, requires_grad=True)
+    x = torch.zeros(1, length, heads, 1, dtype=torch.float64, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_math, "_read_key", counting)
         kernels_selfattn.attend(x, x, x, mask_of(pattern, length, heads=heads, **batch), SCALED)
