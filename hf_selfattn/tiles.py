@@ -58,23 +58,29 @@ def mask(
         block_size = min(block_size, max(query.position.shape[1], key.position.shape[1], 1))
     # With a memory a text sees more than its own tokens, and a mask of pairs is read block by block.
     whole_below = WHOLE_BELOW if key is query and user_mask is None else 0
-    plan, room = query.document.new_empty(0), 0
+    plan, room, all_short = query.document.new_empty(0), 0, False
     if whole_below and values_can_be_read(query.position):
-        documents = plan_documents(query, whole_below)
+        documents, all_short = plan_documents(query, whole_below), not bool((query.length > whole_below).any())
         whole_below = max((longest for longest, _ in documents.groups), default=0)
         plan, room = documents.as_tensor(), documents.pairs
-    visited, whole = visit_table(
-        [x for x in query if x is not None],
-        [x for x in key if x is not None],
-        user_mask,
-        fields_given(query),
-        name_of(pattern),
-        pattern.numbers_as_text(),
-        heads.start,
-        len(heads) if pattern.per_head else 1,
-        block_size,
-        whole_below,
-    )
+    num_heads = len(heads) if pattern.per_head else 1
+    if all_short:
+        sizes = _table_sizes(query, key, num_heads, block_size)
+        # Two tensors: a compiled layer would take notice of one that comes twice.
+        visited, whole = (query.document.new_zeros(sizes, dtype=torch.bool) for _ in range(2))
+    else:
+        visited, whole = visit_table(
+            [x for x in query if x is not None],
+            [x for x in key if x is not None],
+            user_mask,
+            fields_given(query),
+            name_of(pattern),
+            pattern.numbers_as_text(),
+            heads.start,
+            num_heads,
+            block_size,
+            whole_below,
+        )
     return TileMask(visited, whole, block_size, whole_below, plan, room, pattern, query, key, heads, user_mask)
 
 
@@ -109,9 +115,15 @@ def visit_table(
 
 @visit_table.register_fake
 def _(query_tokens, key_tokens, user_mask, fields, pattern, pattern_numbers, first_head, num_heads, block_size, _):
-    (rows, queries), keys = query_tokens[0].shape, key_tokens[0].shape[1]
-    sizes = (rows, num_heads, *((length + block_size - 1) // block_size + 1 for length in (queries, keys)))
+    query, key = (tokens_from(tokens, fields) for tokens in (query_tokens, key_tokens))
+    sizes = _table_sizes(query, key, num_heads, block_size)
     return tuple(query_tokens[0].new_empty(sizes, dtype=torch.bool) for _ in range(2))
+
+
+def _table_sizes(query: Tokens, key: Tokens, num_heads: int, block_size: int) -> tuple[int, ...]:
+    """One block more than there is, for queries and for keys."""
+    (rows, queries), keys = query.document.shape, key.document.shape[1]
+    return rows, num_heads, *((length + block_size - 1) // block_size + 1 for length in (queries, keys))
 
 
 def fields_given(tokens: Tokens) -> list[bool]:
