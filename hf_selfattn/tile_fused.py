@@ -5,6 +5,7 @@ it is the faster one (its backward in bf16 is slow for short documents).
 """
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from .tile_documents import DocumentRoad
 from .tile_problem import Problem
@@ -47,6 +48,15 @@ class FusedRoad(DocumentRoad):
         if x.shape[2] != self.heads:
             x = x.repeat_interleave(self.heads // x.shape[2], dim=2)
         return x.transpose(1, 2)
+
+    def attend(self) -> torch.Tensor:
+        """(R, N, H, d_v), where no gradient is asked for; on every device."""
+        heads = self.empty(self.value.shape[2], self.value.dtype)
+        for (step,) in self.steps(False):
+            inputs = (self.read(x, step.query_places, step.lengths[0]) for x in (self.query, self.key, self.value))
+            seen = None if step.hidden is None else ~step.hidden
+            self.write(heads, step.query_places, scaled_dot_product_attention(*inputs, seen, scale=self.scale))
+        return self.restore(heads)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """heads (R, N, H, d_v) and the logarithms of the softmaxes' denominators (R, N, H), else 0."""

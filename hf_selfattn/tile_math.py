@@ -49,6 +49,9 @@ def forward(
             parts = (x.view(-1, plan.groups[0][0], *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
             heads = _fused(*parts, problem.score[2][0], grouped=query.shape[2] != key.shape[2]).transpose(1, 2)
             return heads.reshape(*query.shape[:3], -1), log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
+        if plan is not None:
+            heads = FusedRoad(problem, plan, query, key, value).attend()
+            return heads, log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
     kept = query.new_empty(room)
     for road in roads(problem, query, key, value, sink):
         if isinstance(road, FusedRoad):
