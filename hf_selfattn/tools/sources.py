@@ -48,6 +48,13 @@ class SourceArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many, drawn by the seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many, drawn by the seed."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict that many, from the beginning."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read parquet, json lines or txt while training goes on, instead of preparing them first."},
+    )
+    shuffle_buffer: int = field(
+        default=4096, metadata={"help": "Of a stream: neighbouring documents that are mixed and packed together."}
+    )
 
 
 def _load(path, *args, **kwargs):
@@ -131,8 +138,13 @@ def load_source(arguments, seed=0, evaluate=True, predict=False):
 
     Raises:
         FileNotFoundError: a file or folder that is not there.
-        ValueError: no source, two sources, a split that is not there, an empty split.
+        ValueError: no source, two sources, a split that is not there, an empty split, options of a stream.
     """
+    if arguments.streaming or arguments.shuffle_buffer != SourceArguments.shuffle_buffer:
+        raise ValueError(
+            "--streaming and --shuffle_buffer are for the training data of pretrain.py, where they go together; got "
+            f"--streaming {arguments.streaming} and --shuffle_buffer {arguments.shuffle_buffer}. Leave them out."
+        )
     if (arguments.dataset_name is None) == (not arguments.train_file):
         raise ValueError(
             "One source of examples is needed: --dataset_name NAME (a Hub name, a local folder, or docstrings), "
