@@ -83,10 +83,10 @@ def test_an_unknown_option_gets_the_nearest_name():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_recipes_are_read_by_the_script_they_name(path, tmp_path):
-    name = re.search(r"python train/(\w+)\.py train/recipes/" + path.name, path.read_text()).group(1)
+    name = re.search(r"train/(\w+)\.py train/recipes/" + path.name, path.read_text()).group(1)
     module = script(name)
     types = {
-        "pretrain": ("SourceArguments", "ModelArguments", "PretrainingArguments", "ScriptArguments"),
+        "pretrain": ("SourceArguments", "ModelArguments", "PretrainingArguments", "PretrainingScriptArguments"),
         "finetune": ("SourceArguments", "ModelArguments", "TaskArguments", "FinetuningArguments"),
     }[name]
     *_, training = parse_arguments([getattr(module, t) for t in types], [str(path), "--output_dir", str(tmp_path)])

@@ -4,13 +4,16 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch.utils.data import BatchSampler
-from transformers import AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_selfattn.tools.collators import MaskingCollator
-from hf_selfattn.tools.training import CheckedTrainer, EpochSampler, Rows, ScriptArguments, prepare_output_dir
+from hf_selfattn.tools.loss_guard import LossGuard
+from hf_selfattn.tools.rows import EpochSampler, Rows
+from hf_selfattn.tools.safe_checkpoints import begin_checkpoint, newest_whole_checkpoint
+from hf_selfattn.tools.training import CheckedTrainer, ScriptArguments, prepare_output_dir
 
-from .train_scripts import sentences, tiny_model_folder, tiny_tokenizer
+from .train_scripts import sentences, tiny_tokenizer
 
 
 def make_rows(count=203):
@@ -74,7 +77,9 @@ def make_trainer(folder, **kwargs):
         "disable_tqdm": True,
     }
     arguments = ScriptArguments(output_dir=str(folder), **{**options, **kwargs})
-    model = AutoModelForMaskedLM.from_pretrained(tiny_model_folder())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = AutoConfig.for_model("selfattn", vocab_size=len(tiny_tokenizer()), pad_token_id=0, **sizes)
+    model = AutoModelForMaskedLM.from_config(config)
     return CheckedTrainer(
         model=model,
         args=arguments,
@@ -145,13 +150,61 @@ def test_without_a_checkpoint_the_message_says_so(tmp_path):
         trainer.train()
 
 
+def rise(trainer, step, factor=5.0):
+    """Multiply the loss from a step on, counted from 1."""
+    original, calls = trainer.compute_loss, []
+
+    def raised(*args, **kwargs):
+        calls.append(1)
+        loss = original(*args, **kwargs)
+        return loss * factor if len(calls) >= step else loss
+
+    trainer.compute_loss = raised
+
+
+def test_a_loss_far_above_its_mean_stops_the_training(tmp_path, monkeypatch):
+    """Checkpoints of the steps in which the loss was high are not taken for good ones, nor is one deleted for them."""
+    monkeypatch.setattr(LossGuard, "FIRST", 10)
+    options = {"max_steps": 40, "save_steps": 2, "save_total_limit": 1, "divergence_patience": 5}
+    trainer = make_trainer(tmp_path, **options)
+    rise(trainer, 21)
+    told = r"has been far above its running mean, [\d.]+ at its lowest, for 5 steps .* at step 25 "
+    with pytest.raises(FloatingPointError, match=told + r".*The last good checkpoint is .*checkpoint-20; lower"):
+        trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (20, 22, 24)}
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-20"
+    again = make_trainer(tmp_path / "again", **options)
+    rise(again, 1)
+    with pytest.raises(FloatingPointError, match="at step 25"):  # mean and deviation are the checkpoint's
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+
+
+def test_the_watch_can_be_switched_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(LossGuard, "FIRST", 10)
+    trainer = make_trainer(tmp_path, max_steps=20, save_strategy="no", divergence_deviations=0, divergence_patience=3)
+    rise(trainer, 13)
+    trainer.train()
+    assert trainer.state.global_step == 20
+
+
 def test_two_runs_are_not_mixed(tmp_path):
     (tmp_path / "checkpoint-900").mkdir()
+    (tmp_path / "checkpoint-900" / "config.json").touch()
     arguments = ScriptArguments(output_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run. .* --resume_from_checkpoint last"):
         prepare_output_dir(arguments, None)
     prepare_output_dir(arguments, resume_from=str(tmp_path / "checkpoint-900"))
+    earlier = str(tmp_path / "checkpoint-800")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-800' is not the newest: checkpoint-900 would count as this run's"
+    ):
+        prepare_output_dir(arguments, resume_from=earlier)
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run."):
+        prepare_output_dir(arguments, resume_from="elsewhere/checkpoint-800")
     prepare_output_dir(ScriptArguments(output_dir=str(tmp_path), overwrite_output_dir=True), None)
+    assert not list(tmp_path.iterdir())
+    begin_checkpoint(tmp_path / "checkpoint-3")  # and then the process was killed
+    prepare_output_dir(arguments, None)
     assert not list(tmp_path.iterdir())
     file = tmp_path / "file"
     file.write_text("")

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -277,7 +278,8 @@ class TestBadInput:
         for name in ("optimizer.pt", "model.safetensors", "trainer_state.json"):
             content = (checkpoint / name).read_bytes()
             (checkpoint / name).write_bytes(content[: len(content) // 2])
-            self.refused(ValueError, f"{name}' is cut short", "--resume_from_checkpoint", str(checkpoint))
+            message = f"is cut short or damaged: {name} has"
+            self.refused(ValueError, message, "--resume_from_checkpoint", str(checkpoint))
             (checkpoint / name).write_bytes(content)
         (checkpoint / "scheduler.pt").unlink()
         self.refused(ValueError, "scheduler.pt is not there", "--resume_from_checkpoint", str(checkpoint))
@@ -287,6 +289,70 @@ class TestBadInput:
             pretrain(
                 self.corpus, self.folder, "--learning_rate", "1e30", "--max_grad_norm", "0", "--save_steps", "500"
             )
+
+
+RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if "train/pretrain.py" in path.read_text()], ids=lambda path: path.stem
+)
+def test_the_dry_run_of_a_recipe_prints_what_stands_at_its_head(recipe, tmp_path, capsys):
+    """Without data, tokenizer or network, and nothing is written."""
+    head = re.search(r"# What (--dry_run .*) prints:\n((?:#   .*\n)+)", recipe.read_text())
+    assert script("pretrain").main([str(recipe), *head[1].split(), "--output_dir", str(tmp_path / "none")]) is None
+    said = head[2].replace("\n#     ", " ").replace("#   ", "")
+    assert capsys.readouterr().out == said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_takes_the_vocabulary_from_a_tokenizer_that_is_here(tmp_path, capsys):
+    options = ["--config_overrides", TINY, "--output_dir", str(tmp_path / "none"), "--max_steps", "5", "--dry_run"]
+    known = len(AutoTokenizer.from_pretrained(tiny_tokenizer_folder()))
+    for name, size in ((tiny_tokenizer_folder(), known), ("nobody/nothing", 1000)):
+        script("pretrain").main([*options, "--tokenizer_name", name, "--tokenizer_vocab_size", "1000"])
+        printed = capsys.readouterr().out
+        assert f"embeddings {size * 32:,}" in printed
+        assert ("nobody/nothing is not a folder here" in printed) == (size == 1000)
+    script("pretrain").main([*options[2:], "--model_name_or_path", tiny_model_folder()])
+    assert f"embeddings {known * 32:,}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_muon_a_token_budget_and_a_falling_masking_rate(corpus, tmp_path):
+    """The whole of it, interrupted and gone on with: bit for bit what an uninterrupted run gives."""
+    options = [
+        *("--train_file", corpus, "--tokenizer_name", tiny_tokenizer_folder(), "--num_shown", "0"),
+        *(
+            "--config_overrides",
+            TINY + ",hidden_dropout=0.1",
+            "--max_seq_length",
+            "64",
+            "--bf16",
+            "false",
+            "--use_cpu",
+        ),
+        *("--per_device_train_batch_size", "4", "--report_to", "none", "--logging_steps", "2", "--seed", "1"),
+        *("--optimizer", "muon", "--weight_decay", "0.1", "--max_tokens", "4000", "--save_steps", "0.3"),
+        *("--lr_scheduler_type", "warmup_stable_decay", "--warmup_steps", "0.1", "--decay_steps", "0.4"),
+        *("--mlm_probability", "0.3", "--mlm_probability_end", "0.1", "--disable_tqdm", "true"),
+    ]
+    scores = script("pretrain").main([*options, "--output_dir", str(tmp_path / "whole")])
+    first = min((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.copytree(first, tmp_path / "stopped" / first.name)
+    again = script("pretrain").main(
+        [*options, "--output_dir", str(tmp_path / "stopped"), "--resume_from_checkpoint", "last"]
+    )
+    assert again["eval_loss"] == scores["eval_loss"]
+    whole, resumed = (
+        AutoModelForMaskedLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["Progress"]["attributes"]["totals"]["tokens"] >= 4000
+    timed = ["--max_minutes", "1", "--lr_scheduler_type", "warmup_stable_decay", "--decay_steps", "0.4"]
+    with pytest.raises(ValueError, match=r"--mlm_probability_end 0.1 .* minutes are known when they have passed"):
+        script("pretrain").main(["--mlm_probability_end", "0.1", *timed, "--output_dir", str(tmp_path)])
 
 
 def test_the_command(corpus, tmp_path):

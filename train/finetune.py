@@ -35,6 +35,7 @@ from hf_selfattn.tools.opening import (
 )
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator, choose_packing
 from hf_selfattn.tools.recipes import nearest, parse_arguments
+from hf_selfattn.tools.run_record import write_run_record
 from hf_selfattn.tools.sources import SourceArguments, load_source, take
 from hf_selfattn.tools.task_choices import MultipleChoice
 from hf_selfattn.tools.task_questions import QuestionAnswering
@@ -48,7 +49,6 @@ from hf_selfattn.tools.training import (
     ScriptArguments,
     prepare_output_dir,
     start_logging,
-    write_run_record,
 )
 from hf_selfattn.tools.windows import check_token_ids, window_length
 
@@ -96,8 +96,8 @@ def main(argv=None):
     )
     start_logging(training)
     check_source_of_model(model_arguments)
-    resume_from = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
     with training.main_process_first(desc="preparing the output folder"):
+        resume_from = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
         prepare_output_dir(training, resume_from)
     set_seed(training.seed)
 

@@ -5,6 +5,8 @@ r"""Pretrain an encoder by masked language modelling.
         --max_steps 1000 --output_dir runs/mine
     python train/pretrain.py --train_file corpus.txt --validation_file held_out.txt --tokenizer_name runs/tokenizer \
         --config_file config.json --output_dir runs/mine
+    python train/pretrain.py --streaming true --train_file "shards/*.parquet" --max_steps 100000 --output_dir runs/mine
+    python train/pretrain.py recipe.yaml --dry_run
     python train/pretrain.py recipe.yaml --resume_from_checkpoint last
     accelerate launch --num_processes 8 train/pretrain.py recipe.yaml
 
@@ -24,21 +26,20 @@ from hf_selfattn.tools.card import write_card
 from hf_selfattn.tools.checkpoints import checkpoint_to_resume
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.curve import draw_training_curve
+from hf_selfattn.tools.documents import open_stream
 from hf_selfattn.tools.fast_defaults import log_kernel
 from hf_selfattn.tools.masked_lm import MaskedTokenMetrics, show_predictions
+from hf_selfattn.tools.masking_rates import RatedRows, check_rate_end
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model, open_config, open_model, prepare_tokenizer
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator, choose_packing
+from hf_selfattn.tools.plan import flops_per_token, plan_pretraining
+from hf_selfattn.tools.pretraining import PretrainingScriptArguments, PretrainingTrainer
 from hf_selfattn.tools.recipes import parse_arguments
+from hf_selfattn.tools.run_record import write_run_record
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
+from hf_selfattn.tools.streaming import StreamCollator, StreamedRows, check_training
 from hf_selfattn.tools.tokenizer import save_tokenizer
-from hf_selfattn.tools.training import (
-    CheckedTrainer,
-    Rows,
-    ScriptArguments,
-    prepare_output_dir,
-    start_logging,
-    write_run_record,
-)
+from hf_selfattn.tools.training import Rows, prepare_output_dir, start_logging
 from hf_selfattn.tools.windows import as_rows, check_choice, check_token_ids, token_counts, window_length
 
 
@@ -59,8 +60,24 @@ class PretrainingArguments:
                           "documents apart."},
     )  # fmt: skip
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in training."})
+    mlm_probability_end: float | None = field(
+        default=None, metadata={"help": "What it falls to while the learning rate decays; without it, it stays."}
+    )
     eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in evaluation."})
     num_shown: int = field(default=4, metadata={"help": "Masked sentences shown after training."})
+
+
+def open_documents(source, arguments, training):
+    """(Documents of a stream or None, {split: texts, of a stream a sample of those to train on}, their column)."""
+    if source.streaming:
+        documents, validation = open_stream(source, arguments.text_column)
+        return documents, {"train": documents.sample(10_000), "validation": validation}, documents.column
+    splits = load_source(source, training.seed)
+    column = find_text_column(splits["train"], arguments.text_column)
+    find_text_column(splits["validation"], column)
+    splits["train"] = take(splits["train"], source.max_train_samples, training.seed)
+    splits["validation"] = take(splits["validation"], source.max_eval_samples, training.seed)
+    return None, splits, column
 
 
 def prepare_rows(splits, column, tokenizer, length, arguments, vocab_size):
@@ -73,24 +90,47 @@ def prepare_rows(splits, column, tokenizer, length, arguments, vocab_size):
     return rows
 
 
+def prepare_training_data(rows, documents, tokenizer, length, packing, arguments, source, training):
+    """(data set, collator, the length of document that a token is in, on average) of training.
+
+    Args:
+        documents: of a stream, of which `rows` are a sample; or None.
+    """
+    train_rows, collator = Rows(rows), MaskingCollator(tokenizer, arguments.mlm_probability, training.seed)
+    mean_length = round((train_rows.lengths**2).sum() / train_rows.lengths.sum())
+    collator = PackingCollator(collator, length) if packing else collator
+    if documents is not None:
+        train_rows = StreamedRows(documents, tokenizer, length, training.train_batch_size, training.seed,
+                                  source.shuffle_buffer, packing, arguments.long_texts)  # fmt: skip
+        return train_rows, StreamCollator(collator), mean_length
+    if packing:
+        train_rows = PackedRows(train_rows, length, training.seed)
+    if arguments.mlm_probability_end is not None:
+        train_rows = RatedRows(train_rows, arguments.mlm_probability, arguments.mlm_probability_end)
+    return train_rows, collator, mean_length
+
+
 def main(argv=None):
     source, model_arguments, arguments, training = parse_arguments(
-        [SourceArguments, ModelArguments, PretrainingArguments, ScriptArguments], argv, __doc__
+        [SourceArguments, ModelArguments, PretrainingArguments, PretrainingScriptArguments], argv, __doc__
     )
     start_logging(training)
     check_choice(arguments.long_texts)
     check_source_of_model(model_arguments)
-    resume_from = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
+    check_rate_end(arguments.mlm_probability_end, training, getattr(source, "streaming", False))
+    if training.dry_run:
+        if training.process_index == 0:
+            print(plan_pretraining(model_arguments, arguments, training))
+        return None
+    if source.streaming:
+        check_training(training)
     with training.main_process_first(desc="preparing the output folder"):
+        resume_from = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
         prepare_output_dir(training, resume_from)
     set_seed(training.seed)
 
     with training.main_process_first(desc="preparing the data"):
-        splits = load_source(source, training.seed)
-        column = find_text_column(splits["train"], arguments.text_column)
-        find_text_column(splits["validation"], column)
-        splits["train"] = take(splits["train"], source.max_train_samples, training.seed)
-        splits["validation"] = take(splits["validation"], source.max_eval_samples, training.seed)
+        documents, splits, column = open_documents(source, arguments, training)
         tokenizer = prepare_tokenizer(model_arguments, training, iter(splits["train"][column]), resume_from)
         config = open_config(model_arguments, tokenizer)
         packing = choose_packing(arguments.packing, config, training)
@@ -99,11 +139,11 @@ def main(argv=None):
         rows = prepare_rows(splits, column, tokenizer, length, arguments, config.vocab_size)
     log_kernel(model.config, training, model_arguments.attn_implementation)
 
-    train_rows, collator = Rows(rows["train"]), MaskingCollator(tokenizer, arguments.mlm_probability, training.seed)
-    if packing:
-        train_rows, collator = PackedRows(train_rows, length, training.seed), PackingCollator(collator, length)
+    train_rows, collator, mean_length = prepare_training_data(
+        rows["train"], documents, tokenizer, length, packing, arguments, source, training
+    )
     metrics = MaskedTokenMetrics(tokenizer, token_counts(rows["train"], config.vocab_size))
-    trainer = CheckedTrainer(
+    trainer = PretrainingTrainer(
         model=model,
         args=training,
         train_dataset=train_rows,
@@ -113,28 +153,30 @@ def main(argv=None):
         eval_collator=MaskingCollator(tokenizer, arguments.eval_mlm_probability, training.seed),
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.sums_of_rows,
+        flops_per_token=lambda: flops_per_token(model.config, mean_length, arguments.mlm_probability, model),
     )
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=resume_from)
-        tokens = int(trainer.train_dataset.lengths.sum())
-        trainer.save_metrics("train", {**result.metrics, "train_rows": len(rows["train"]), "train_tokens": tokens})
+        sizes = {"train_documents": len(documents)} if documents else {
+            "train_rows": len(rows["train"]), "train_tokens": int(trainer.train_dataset.lengths.sum())}  # fmt: skip
+        trainer.save_metrics("train", {**result.metrics, **sizes})
         trainer.save_model()
         trainer.save_state()
     scores = trainer.evaluate()
     trainer.save_metrics("eval", scores)
     if trainer.is_world_process_zero():
-        report(trainer, training, source, model_arguments, scores, splits, column, arguments)
+        sizes = {split: len(found) for split, found in {**splits, "train": documents or splits["train"]}.items()}
+        report(trainer, training, source, model_arguments, scores, splits, sizes, column, arguments)
     trainer.accelerator.wait_for_everyone()
     return scores
 
 
-def report(trainer, training, source, model_arguments, scores, splits, column, arguments):
+def report(trainer, training, source, model_arguments, scores, splits, sizes, column, arguments):
     """Curve, card and record beside the model, and the numbers that matter on the screen."""
     folder = Path(training.output_dir)
     save_tokenizer(trainer.processing_class, folder)
     baseline = {"eval_loss": scores["eval_unigram_loss"], "eval_accuracy": scores["eval_unigram_accuracy"]}
     draw_training_curve(trainer.state.log_history, folder / "training_curve.png", baseline=baseline)
-    sizes = {split: len(rows) for split, rows in splits.items()}
     data_name = source.dataset_name or ", ".join(source.train_file)
     names = ("loss", "perplexity", "accuracy", "bits_per_byte", "masked_tokens", "unigram_loss", "unigram_accuracy")
     metrics = {name: scores[f"eval_{name}"] for name in names}

@@ -15,9 +15,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from hf_selfattn.tools.recipes import parse_arguments
+from hf_selfattn.tools.run_record import versions
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
 from hf_selfattn.tools.tokenizer import save_tokenizer, train_tokenizer
-from hf_selfattn.tools.training import versions
 
 
 @dataclass

@@ -6,6 +6,15 @@ from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from .safe_checkpoints import (
+    COMPLETE,
+    UNFINISHED,
+    checkpoint_folders,
+    is_unfinished,
+    newest_whole_checkpoint,
+    why_not_whole,
+)
+
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TRAINER_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
@@ -84,15 +93,27 @@ def check_model_folder(folder):
 
 
 def check_resumable(folder):
-    """Refuse a folder from which training cannot go on exactly: beside the model it needs the Trainer's state."""
+    """Refuse a folder from which training cannot go on exactly: beside the model it needs the Trainer's state.
+
+    Where there is a `complete.json`, each file must be what it says.
+    """
     folder = Path(folder)
-    check_model_folder(folder)
+    is_ours = folder.is_dir() and ((folder / COMPLETE).exists() or (folder / UNFINISHED).exists())
+    reason = why_not_whole(folder) if is_ours else None
+    if reason is not None:
+        raise _broken(folder, reason)
+    if not is_ours:
+        check_model_folder(folder)
     missing = [name for name in TRAINER_STATE if not (folder / name).is_file()]
+    if is_ours and any(folder.glob("optimizer*")):  # where it is sharded, a folder or one file a process
+        missing = [name for name in missing if name != "optimizer.pt"]
     if missing:
         raise ValueError(
             f"Training cannot be resumed from {str(folder)!r}: {', '.join(missing)} is not there. Pass one of the "
             f"checkpoint-* folders, or start a new training from it with --model_name_or_path."
         )
+    if is_ours:
+        return
     _read_json(folder / "trainer_state.json")
     for name in TRAINER_STATE[1:]:
         if not zipfile.is_zipfile(folder / name):
@@ -100,14 +121,28 @@ def check_resumable(folder):
 
 
 def checkpoint_to_resume(value, output_dir):
-    """The folder that `--resume_from_checkpoint` means: a path, or for `last` (or `true`) the newest in output_dir."""
-    if value is None or str(value).lower() in ("false", "none", "no"):
+    """The folder that `--resume_from_checkpoint` means.
+
+    Args:
+        value: a path; `last` (or `true`): the newest whole checkpoint in output_dir; `auto`: the same, or None where
+            there is nothing yet, so that one command begins a run and goes on with it; None.
+
+    Raises:
+        FileNotFoundError: for `last` without a whole checkpoint, for `auto` with others only.
+        ValueError: for a path to a checkpoint that is not whole.
+    """
+    word = str(value).lower()
+    if value is None or word in ("false", "none", "no"):
         return None
-    if str(value).lower() in ("last", "true", "yes"):
-        folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if word in ("last", "true", "yes", "auto"):
+        folder = newest_whole_checkpoint(output_dir)
+        others = [path.name for path in checkpoint_folders(output_dir) if not is_unfinished(path)]
+        if folder is None and word == "auto" and not others:
+            return None
         if folder is None:
+            told = f" ({', '.join(others)} cannot be taken for one: see the warnings.)" if others else ""
             raise FileNotFoundError(
-                f"There is no checkpoint-* folder in {str(output_dir)!r} to resume from. "
+                f"There is no checkpoint-* folder in {str(output_dir)!r} to resume from that is whole.{told} "
                 f"Leave --resume_from_checkpoint out to start anew, or pass the folder."
             )
         value = folder

@@ -69,7 +69,8 @@ class MaskingCollator:
     labels; of these 80 % are replaced by [MASK], 10 % by a random token, 10 % stay (Devlin et al. 2019, section 3.1).
     Special tokens are never chosen. The choice is a function of (seed, epoch, example_id, position): it does not
     depend on the batch, the number of workers or processes, or on any random state, and is the same in each
-    evaluation, where the epoch is always 0, and in rows that hold several documents (`PackingCollator`).
+    evaluation, where the epoch is always 0, and in rows that hold several documents (`PackingCollator`). A row may
+    bring an `mlm_probability` of its own (`masking_rates.RatedRows`).
     """
 
     tokenizer: object
@@ -97,15 +98,16 @@ class MaskingCollator:
                 f"{', '.join(rows[0])}. Wrap the data set in hf_selfattn.tools.training.Rows."
             )
         example_ids, epochs = (np.array([row[name] for row in rows]) for name in ("example_id", "epoch"))
-        masked, labels = self.mask(joined(rows, "input_ids"), lengths_of(rows), example_ids, epochs)
+        rates = np.array([row.get("mlm_probability", self.mlm_probability) for row in rows])
+        masked, labels = self.mask(joined(rows, "input_ids"), lengths_of(rows), example_ids, epochs, rates)
         return {"input_ids": (masked, self.tokenizer.pad_token_id), "labels": (labels, -100)}, {}
 
-    def mask(self, ids, lengths, example_ids, epochs):
+    def mask(self, ids, lengths, example_ids, epochs, rates):
         """(ids after masking, labels), both (T,); labels are -100 where nothing is asked.
 
         Args:
             ids: (T,) token ids, row after row.
-            lengths, example_ids, epochs: (B,), one value a row.
+            lengths, example_ids, epochs, rates: (B,), one value a row.
         """
         row = np.repeat(np.arange(len(lengths)), lengths)
         position = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -113,7 +115,7 @@ class MaskingCollator:
         maskable = ~self.special[ids]
         rank = np.empty(len(ids), dtype=np.int64)  # of a token among the maskable ones of its row
         rank[np.lexsort((np.where(maskable, hashed_uniforms(*keys, 0), np.inf), row))] = position
-        wanted = self.mlm_probability * np.bincount(row, maskable, len(lengths))
+        wanted = rates * np.bincount(row, maskable, len(lengths))
         wanted = np.floor(wanted + hashed_uniforms(self.seed, epochs, example_ids, -1, 1))
         chosen = maskable & (rank < wanted[row])
         action = hashed_uniforms(*keys, 2)
