@@ -11,6 +11,7 @@ from torch import nn
 from .kernels import attention_kernel
 from .kernels_eager import some_weights
 from .norms import make_norm
+from .parallel import heads_of_all, tensor_parallel_mesh
 from .positions import POSITIONS
 from .scores import SCORES
 
@@ -105,8 +106,14 @@ class SelfAttention(nn.Module):
         heads, weights = attention_kernel(self.config).attend(
             query, key, value, view.mask, scoring, dropout=dropout, need_weights=need_weights is True
         )
+        mesh, chosen = tensor_parallel_mesh(self.q_proj.weight), getattr(need_weights, "heads", None)
         if isinstance(need_weights, Selection):
-            weights = some_weights(query, key, view.who, scoring, need_weights.heads, need_weights.queries)
+            # Where heads are spread over processes, the chosen ones are known by number only once all are there.
+            here = chosen if mesh is None else None
+            weights = some_weights(query, key, view.who, scoring, here, need_weights.queries)
+        if weights is not None and mesh is not None:
+            weights = heads_of_all(weights, mesh)
+            weights = weights if chosen is None else weights[:, chosen]
         return heads, weights
 
 

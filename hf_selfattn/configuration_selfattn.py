@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .option_names import refuse_misspelt
+from .parallel import tensor_parallel_plan
 from .patterns import PATTERNS, layer_patterns
 from .positions import POSITIONS
 from .scores import SCORES
@@ -94,7 +95,7 @@ class SelfAttnConfig(PreTrainedConfig):
 
     Heads:
         head_type: the form of the masked language model's and the classifiers' heads: "bert", "roberta",
-            "distilbert" or "modernbert".
+            "electra", "distilbert" or "modernbert".
         pooling: what stands for a whole text: the "first" token, the "mean" or the "max" over its tokens.
         tie_word_embeddings: whether the masked language model's output layer shares the token vectors.
 
@@ -110,6 +111,7 @@ class SelfAttnConfig(PreTrainedConfig):
     """
 
     model_type = "selfattn"
+    base_model_tp_plan = property(tensor_parallel_plan)
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -163,7 +165,7 @@ class SelfAttnConfig(PreTrainedConfig):
     embedding_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
 
-    head_type: Literal["bert", "roberta", "distilbert", "modernbert"] = "modernbert"
+    head_type: Literal["bert", "roberta", "electra", "distilbert", "modernbert"] = "modernbert"
     pooling: Literal["first", "mean", "max"] = "mean"
     tie_word_embeddings: bool = True
 

@@ -16,6 +16,7 @@ from .masks import read_mask
 from .memory import Memory, SelfAttnModelOutput, continue_from, remember
 from .norms import make_norm
 from .packing import Packing, Tokens, read_batch, values_can_be_read
+from .parallel import check_distribution, check_version, heads_here
 from .patterns import layer_patterns
 from .positions import layer_positions
 
@@ -96,6 +97,29 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
             return default_kernel(self.config)
         check_kernel(self.config, attn_implementation)
         return attn_implementation
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        """transformers' gate for `from_pretrained(distributed_config=...)`, before anything is loaded."""
+        if distributed_config is not None:
+            check_version()
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        """As in transformers, and before it, whether this model can be spread so."""
+        if distributed_config is None:
+            return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+        check_distribution(model.config, distributed_config)
+        if distributed_config.tp_size == 1:
+            # Known as one weight before it is cut, a tied weight has one set of pieces. With two, those of one of the
+            # two modules would stay as they were loaded wherever the vocabulary does not divide.
+            model.tie_weights(recompute_mapping=False)
+        model = super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+        if distributed_config.dp_size > 1:
+            # A method beside forward has to gather the weights as forward does.
+            torch.distributed.fsdp.register_fsdp_forward_method(model, "attention_weights")
+        return model
 
 
 class SelfAttnModel(SelfAttnPreTrainedModel):
@@ -207,7 +231,10 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         self, packing: Packing, key_tokens: Tokens, user_mask: torch.Tensor | None, dtype: torch.dtype
     ) -> list[View]:
         """What each distinct pair of pattern and position needs to know of the tokens, once a forward."""
-        tokens, heads = packing.tokens, range(self.config.num_attention_heads)
+        tokens = packing.tokens
+        heads = heads_here(self.layers[0].attention.q_proj.weight, self.config.num_attention_heads)
+        if user_mask is not None and user_mask.shape[1] > len(heads):
+            user_mask = user_mask[:, heads.start : heads.stop]
         make_mask, table_dtype = attention_kernel(self.config).mask, torch.promote_types(dtype, torch.float32)
         masks, states, views = {}, {}, []
         for pattern, position in self.distinct_settings:

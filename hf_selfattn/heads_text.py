@@ -30,7 +30,7 @@ class PredictionHead(nn.Module):
         super().__init__()
         modern = config.head_type == "modernbert"
         self.dense = nn.Linear(config.hidden_size, size, bias=not modern)
-        self.activation = ACT2FN["gelu" if config.head_type == "roberta" else config.hidden_act]
+        self.activation = ACT2FN["gelu" if config.head_type in ("roberta", "electra") else config.hidden_act]
         self.norm = make_norm(config, size, bias=config.norm_bias if modern else True)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -39,16 +39,17 @@ class PredictionHead(nn.Module):
 
 
 class TextHead(nn.Module):
-    """What stands between the pooled text and the classifier in BERT and RoBERTa (tanh) and DistilBERT (relu).
+    """What stands between the pooled text and the classifier in BERT and RoBERTa (tanh), ELECTRA (gelu) and DistilBERT
+    (relu).
 
-    RoBERTa has dropout before the dense layer too; all have it after.
+    RoBERTa and ELECTRA have dropout before the dense layer too; all have it after.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.dropout = nn.Dropout(config.classifier_dropout if config.head_type == "roberta" else 0.0)
+        self.dropout = nn.Dropout(config.classifier_dropout if config.head_type in ("roberta", "electra") else 0.0)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN["relu" if config.head_type == "distilbert" else "tanh"]
+        self.activation = ACT2FN[{"electra": "gelu", "distilbert": "relu"}.get(config.head_type, "tanh")]
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """(B, D) to (B, D)."""
@@ -116,6 +117,7 @@ class SelfAttnForMaskedLM(SelfAttnPreTrainedModel):
     """The encoder with a masked language model's head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config):
         super().__init__(config)

@@ -82,7 +82,7 @@ def make_model(head, **options):
         config = BertConfig(**SIZES, **dropout, **labels, max_position_embeddings=16)
     else:
         auto_class, labels = HEADS[head]
-        config = SelfAttnConfig(**SIZES, **labels, **options)
+        config = SelfAttnConfig(**{**SIZES, **labels, **options})
     return getattr(transformers, auto_class).from_config(config)
 
 

@@ -1,13 +1,8 @@
 """The stock Trainer with packed rows: the curve of a training is that of padded rows."""
 
-import json
-import os
-import socket
-
 import pytest
 import torch
 from datasets import Dataset
-from torch import multiprocessing
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -21,21 +16,40 @@ from hf_selfattn.tools.collators import MaskingCollator, PaddingCollator
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator
 from hf_selfattn.tools.training import Rows
 
-from .processes import join_two
+from .processes import together
 from .test_tools_collators import rows_of
 from .train_scripts import tiny_tokenizer
 
 STEPS = 3
 ROW_LENGTH = 64
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 5}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 HEADS = {
-    "masked_lm": (AutoModelForMaskedLM, lambda row: {}),
+    "masked_lm": (AutoModelForMaskedLM, lambda row: {}, {}),
     "token_classification": (
         AutoModelForTokenClassification,
         lambda row: {"labels": [i % 5 if i % 3 else -100 for i in range(len(row["input_ids"]))]},
+        {"num_labels": 5},
     ),
-    "text_classification": (AutoModelForSequenceClassification, lambda row: {"labels": row["example_id"] % 5}),
+    "text_classification": (
+        AutoModelForSequenceClassification,
+        lambda row: {"labels": row["example_id"] % 5},
+        {"num_labels": 5},
+    ),
+    "multi_label": (
+        AutoModelForSequenceClassification,
+        lambda row: {"labels": [float(row["example_id"] % n == 0) for n in (2, 3, 4)]},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ),
+    "regression": (
+        AutoModelForSequenceClassification,
+        lambda row: {"labels": len(row["input_ids"]) / 20},
+        {"num_labels": 1},
+    ),
 }
+"""Auto class, labels of a text, and what the config says of them. Other heads have no packed rows."""
+
+KINDS = ("masked_lm", "token_classification", "text_classification")
+WITH_SLOW = [*KINDS, *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS if head not in KINDS)]
 
 
 def documents(head, count=8 * STEPS):
@@ -44,10 +58,15 @@ def documents(head, count=8 * STEPS):
 
 
 def trainer_of(head, folder, packed, rows=None, batch_size=8, accumulation=1, **options):
-    """The stock Trainer on `rows`, with the collator that packs or with the one that pads."""
+    """The stock Trainer on `rows`, with the collator that packs, with the one that pads, or that unpacks and pads."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("selfattn", vocab_size=len(tiny_tokenizer()), pad_token_id=0, **SIZES)
-    collator = MaskingCollator(tiny_tokenizer(), 0.3) if head == "masked_lm" else PaddingCollator(tiny_tokenizer())
+    auto_class, _, labels = HEADS[head]
+    config = AutoConfig.for_model("selfattn", vocab_size=len(tiny_tokenizer()), pad_token_id=0, **SIZES, **labels)
+    collator = MaskingCollator(tiny_tokenizer(), 0.3)
+    if head != "masked_lm":
+        kind = torch.float32 if head in ("multi_label", "regression") else torch.int64
+        collator = PaddingCollator(tiny_tokenizer(), label_dtype=kind)
+    collators = {True: PackingCollator(collator, ROW_LENGTH), False: collator, "one by one": OneByOne(collator)}
     arguments = {
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -64,12 +83,22 @@ def trainer_of(head, folder, packed, rows=None, batch_size=8, accumulation=1, **
     }
     rows = documents(head) if rows is None else rows
     return Trainer(
-        HEADS[head][0].from_config(config),
+        auto_class.from_config(config),
         TrainingArguments(str(folder), **arguments),
         train_dataset=rows,
         eval_dataset=rows,
-        data_collator=PackingCollator(collator, ROW_LENGTH) if packed else collator,
+        data_collator=collators[packed],
     )
+
+
+class OneByOne:
+    """Rows of several documents to a batch of padded documents."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, rows):
+        return self.collator([document for row in rows for document in row])
 
 
 def train(*args, **kwargs):
@@ -85,7 +114,7 @@ def assert_same_curve(actual, expected):
         assert one == pytest.approx(other, rel=1e-5), f"step {step}"
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", KINDS)
 class TestOneProcess:
     @pytest.mark.parametrize(
         ("batch_size", "accumulation", "options"),
@@ -120,22 +149,76 @@ class TestOneProcess:
             assert torch.equal(resumed.model.state_dict()[name], x), name
 
 
-def _in_one_of_two(rank, port, folder):
-    """One of two processes: trains each head on packed rows, and the first writes the curves."""
-    join_two(rank, port)
-    curves = {head: train(head, folder, True, None, 4) for head in HEADS}
-    assert torch.distributed.get_world_size() == 2
-    if rank == 0:
-        with open(os.path.join(folder, "curves.json"), "w") as file:
-            json.dump(curves, file)
-    torch.distributed.destroy_process_group()
+def uneven_rows(head):
+    """Rows of 1 to 4 documents, as many in turn as have room: their numbers of documents and of tokens differ."""
+    rows, row = [], []
+    for document in (documents(head, 100)[i] for i in range(100)):
+        used = sum(len(other["input_ids"]) for other in row)
+        if row and (len(row) > len(rows) % 4 or used + len(document["input_ids"]) > ROW_LENGTH):
+            rows.append(row)
+            row = []
+        row.append(document)
+    return rows
 
 
-def test_two_processes_do_not_change_the_curve(tmp_path):
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    multiprocessing.spawn(_in_one_of_two, (port, str(tmp_path)), nprocs=2)
-    curves = json.loads((tmp_path / "curves.json").read_text())
-    for head in HEADS:
-        assert_same_curve([tuple(step) for step in curves[head]], train(head, tmp_path, False))
+def test_what_each_process_gets_is_uneven():
+    def differ(halves, number):
+        return [number(one) != number(other) for one, other in zip(halves[::2], halves[1::2], strict=True)]
+
+    loader = trainer_of("multi_label", "unused", True, uneven_rows("multi_label"), 4).get_train_dataloader()
+    halves = list(loader)[: 2 * STEPS]
+    assert all(differ(halves, lambda batch: batch["attention_mask"].sum()))
+    assert any(differ(halves, lambda batch: len(batch["labels"])))
+
+
+SPLITS = [(8, 1, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
+"""Rows of a device's batch, steps of accumulation, processes."""
+
+
+@pytest.fixture(scope="module")
+def padded_curve(tmp_path_factory):
+    """Of the same documents, each padded in a row of its own; made once for each head."""
+    curves = {}
+
+    def of(head):
+        if head not in curves:
+            curves[head] = train(head, tmp_path_factory.mktemp("padded"), "one by one", uneven_rows(head))
+        return curves[head]
+
+    return of
+
+
+def curve_of(case, folder):
+    head, rows, batch_size, accumulation = case
+    return train(head, folder, True, uneven_rows(head) if rows else None, batch_size, accumulation)
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    """The curve of a case in two gloo processes; those of all heads of a kind are made by one pair."""
+    curves = {}
+
+    def of(case):
+        if case not in curves:
+            heads = [head for head in HEADS if (head in KINDS) == (case[0] in KINDS)]
+            cases = [(head, True, *split[:2]) for head in heads for split in SPLITS if split[2] == 2]
+            cases += [(head, False, 4, 1) for head in heads]
+            found = together(curve_of, cases, tmp_path_factory.mktemp("two_processes"))
+            curves.update(zip(cases, ([tuple(step) for step in curve] for curve in found), strict=True))
+        return curves[case]
+
+    return of
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: "x".join(map(str, split)))
+@pytest.mark.parametrize("head", WITH_SLOW)
+def test_how_rows_are_split_does_not_change_the_curve(padded_curve, in_two_processes, head, split, tmp_path):
+    batch_size, accumulation, processes = split
+    case = (head, True, batch_size, accumulation)
+    curve = in_two_processes(case) if processes == 2 else curve_of(case, tmp_path)
+    assert_same_curve(curve, padded_curve(head))
+
+
+@pytest.mark.parametrize("head", WITH_SLOW)
+def test_two_processes_do_not_change_the_curve(in_two_processes, head, tmp_path):
+    assert_same_curve(in_two_processes((head, False, 4, 1)), train(head, tmp_path, False))
