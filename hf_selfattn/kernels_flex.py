@@ -31,8 +31,7 @@ def mask(
     from torch.nn.attention.flex_attention import create_block_mask
 
     def may_see(row, head, query_index, key_index):
-        head = head + heads.start
-        seen = visible(pattern, head, query.at((row, query_index)), key.at((row, key_index)))
+        seen = visible(pattern, head + heads.start, query.at((row, query_index)), key.at((row, key_index)))
         if user_mask is None:
             return seen
         return seen & user_mask[row, head if user_mask.shape[1] > 1 else 0, query_index, key_index]

@@ -5,10 +5,10 @@ It takes boundaries where the dense road takes a mask, and never sees a pair of 
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from .packing import Packing, Tokens, values_can_be_read
 from .patterns import Full, SlidingWindow
@@ -90,19 +90,25 @@ def with_varlen(make_mask: Callable, attend: Callable) -> tuple[Callable, Callab
         if need_weights or value.dtype not in HALF:
             own = mask.other if mask.is_made else make_mask(*mask.other)
             return attend(query, key, value, own, scoring, dropout, need_weights)
+        flash, shares_keys = _varlen_attn()
         grouped = query.shape[2] != key.shape[2]
-        options = {"enable_gqa": True} if grouped and _SHARES_KEYS else {}
-        if grouped and not _SHARES_KEYS:
+        options = {"enable_gqa": True} if grouped and shares_keys else {}
+        if grouped and not shares_keys:
             key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
         parts = (x.to(value.dtype).flatten(0, 1) for x in (query, key, value))
         sizes = (mask.boundaries, mask.boundaries, mask.longest, mask.longest)
-        heads = varlen_attn(*parts, *sizes, scale=scoring.parameters[0], window_size=mask.window, **options)
+        heads = flash(*parts, *sizes, scale=scoring.parameters[0], window_size=mask.window, **options)
         return heads.view(query.shape), None
 
     return mask, attend_documents
 
 
-_SHARES_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+@lru_cache
+def _varlen_attn() -> tuple[Callable, bool]:
+    """torch's function, and whether it lets heads share keys (torch 2.11 does not); slow to import."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _in_order(position: torch.Tensor, boundaries: torch.Tensor, lengths: torch.Tensor) -> bool:

@@ -46,8 +46,9 @@ def test_every_kernel_gives_what_eager_gives_on_a_cpu(choice, form, kernel, make
 @pytest.mark.parametrize("pattern", ["full", "sliding_window"])
 @pytest.mark.parametrize("form", FORMS)
 def test_real_tokens_go_through_flash_attention(form, pattern, causal, dtype, monkeypatch, make_config, make_model):
-    calls, real = [], kernels_varlen.varlen_attn
-    monkeypatch.setattr(kernels_varlen, "varlen_attn", lambda *args, **kw: calls.append(kw) or real(*args, **kw))
+    calls, (real, shares_keys) = [], kernels_varlen._varlen_attn()
+    counted = lambda *args, **kw: calls.append(kw) or real(*args, **kw)  # noqa: E731
+    monkeypatch.setattr(kernels_varlen, "_varlen_attn", lambda: (counted, shares_keys))
     config, layout = make_config("cosine", pattern, causal, "rotary", **WIDTHS), FORMS[form](LENGTHS)
     ids = layout.put(draw_ids(LENGTHS))
     output, gradients = outputs_and_gradients(make_model(config, "sdpa", dtype), ids, layout.inputs, "cuda")

@@ -381,7 +381,7 @@ def test_two_processes(corpus, tmp_path):
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
+        "--multi_gpu",  # on a machine without one: two processes, which talk through gloo
         "--num_processes",
         "2",
         "--num_machines",
@@ -404,6 +404,7 @@ def test_two_processes(corpus, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("masked-token accuracy") == 1
+    assert json.loads((folder / "run.json").read_text())["machine"]["processes"] == 2
     scores = json.loads((folder / "all_results.json").read_text())
     alone = pretrain(
         corpus,

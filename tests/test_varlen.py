@@ -46,7 +46,7 @@ def calls(monkeypatch):
         windows.append(options["window_size"])
         return slow_varlen(*args, **options)
 
-    monkeypatch.setattr(kernels_varlen, "varlen_attn", counted)
+    monkeypatch.setattr(kernels_varlen, "_varlen_attn", lambda: (counted, True))
     monkeypatch.setattr(kernels_varlen, "DEVICES", ("cpu",))
     monkeypatch.setattr(kernels_varlen, "HALF", (torch.float64,))
     return windows
@@ -62,7 +62,8 @@ def outputs_and_gradients(model, ids, inputs):
 @pytest.mark.parametrize("score", ["scaled_dot_product", "dot_product", "cosine"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_it_gives_what_eager_gives(name, causal, score, native, monkeypatch, calls, make_config, make_model):
-    monkeypatch.setattr(kernels_varlen, "_SHARES_KEYS", native)
+    loop, _ = kernels_varlen._varlen_attn()
+    monkeypatch.setattr(kernels_varlen, "_varlen_attn", lambda: (loop, native))
     config = make_config(score, PATTERNS[name], causal, "rotary", **WIDTHS)
     layout = FORMS[LAYOUTS[name]](LENGTHS)
     ids = layout.put(draw_ids(LENGTHS))
