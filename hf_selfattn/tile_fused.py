@@ -78,6 +78,9 @@ class FusedRoad(DocumentRoad):
         """
         grad, heads = self.arrange_gradient(grad), self.arrange(heads)
         log_sum = self.arrange(log_sum.unsqueeze(-1))
+        if self.fillers is not None:
+            # What stands there is some other token's sum, and exp(score - sum) might overflow: inf makes it 0.
+            log_sum = log_sum.index_fill(0, self.fillers, float("inf"))
         found = [self.empty(x.shape[2], x.dtype) for x in (self.query, self.key, self.value)]
         for (step,) in self.steps(False):
             places, length = step.query_places, step.lengths[0]

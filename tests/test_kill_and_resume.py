@@ -9,11 +9,15 @@ import subprocess
 import sys
 
 import pytest
+import transformers
+from packaging import version
 
 from .train_scripts import ROOT, environment
 
 LAYOUTS, WORKERS, PROCESSES = ("padded", "packed", "stream", "streamed"), (0, 2, 4), (1, 2)
-SOME = [("padded", 0, 1), ("packed", 2, 2), ("streamed", 2, 1)]
+# Older versions do not resume in two processes on a CPU, and say so.
+MOST = 2 if version.parse(transformers.__version__) >= version.parse("5.23") else 1
+SOME = [("padded", 0, 1), ("packed", 2, MOST), ("streamed", 2, 1)]
 
 
 def answers(cases, seconds):
@@ -76,7 +80,7 @@ def test_processes_stop_together_where_the_loss_of_one_is_spoilt():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize("processes", PROCESSES[:MOST])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_kills_change_nothing(layout, processes):
     cases = [{"layout": layout, "workers": workers, "processes": processes, "kills": 12, "seed": 10 + workers}

@@ -85,3 +85,21 @@ def test_another_torch_does_without(monkeypatch, roads, make_config, make_model)
     model = make_model(make_config(value_head_dim=6), "selfattn", torch.float32)
     model(draw_ids([9])[0][None]).last_hidden_state.square().mean().backward()
     assert set(roads) == {"DocumentRoad"}
+
+
+@pytest.mark.parametrize("lengths", [[17, 17, 17, 18], [5, 6, 7], [1, 9, 9]], ids=str)
+@pytest.mark.parametrize("kernel", ["selfattn", "sdpa"])
+def test_large_scores_have_finite_gradients(kernel, lengths, make_config, make_model):
+    """Scores of thousands: what a document is filled up with must not overflow."""
+    layout, documents = FORMS["padded_right"](lengths), draw_ids(lengths)
+    found = []
+    for name, dtype in ((kernel, torch.float32), ("eager", torch.float64)):
+        model = make_model(make_config(value_head_dim=6), name, dtype)
+        with torch.no_grad():
+            for layer in model.layers:
+                layer.attention.q_proj.weight.mul_(100)
+                layer.attention.k_proj.weight.mul_(100)
+        found.append(outputs_and_gradients(model, layout, documents))
+    (output, gradients), (expected, _) = found
+    assert_close(output, expected.float())
+    assert all(x is None or x.isfinite().all() for x in gradients)

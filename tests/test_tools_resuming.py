@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, Trainer, TrainerCallb
 
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator
+from hf_selfattn.tools.resuming import refusing_old_versions
 from hf_selfattn.tools.safe_checkpoints import newest_whole_checkpoint
 from hf_selfattn.tools.tokenizer import train_tokenizer
 from hf_selfattn.tools.training import CheckedTrainer, Rows, ScriptArguments
@@ -274,3 +275,11 @@ def test_evaluation_leaves_the_random_state(tmp_path):
     before = torch.random.get_rng_state()
     trainer.evaluate()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_version_that_cannot_resume_two_processes_is_named():
+    told = r"transformers \S+ does not load .* Use transformers 5.23 or newer"
+    with pytest.raises(RuntimeError, match=told), refusing_old_versions():
+        torch.serialization.default_restore_location(torch.zeros(1).untyped_storage(), "cpu:0")
+    with pytest.raises(RuntimeError, match="another"), refusing_old_versions():
+        raise RuntimeError("another")

@@ -4,6 +4,7 @@ A setting that only the coming steps feel may change, and one line says what cha
 to the weights or to the place in the data is refused.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,6 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import transformers
 from transformers.utils import logging
 
 from .run_record import versions
@@ -223,6 +225,24 @@ def compare_settings(then, now, place, *, is_stream, keeps_place, bounded_by_ste
         if known:
             lines.append(f"{option} {before!r} -> {after!r}: from this step on")
     return lines
+
+
+@contextlib.contextmanager
+def refusing_old_versions():
+    """Says what is wrong where a stock Trainer before 5.23 asks torch for a device named cpu:0.
+
+    Raises:
+        RuntimeError: with the way out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "tagged with cpu:" not in str(error):
+            raise
+        raise RuntimeError(
+            f"transformers {transformers.__version__} does not load an optimizer's state in several processes on a "
+            "CPU. Use transformers 5.23 or newer, or resume in one process."
+        ) from error
 
 
 def follow_arguments(optimizer, scheduler, asked, rescheduled):

@@ -19,6 +19,7 @@ from .resuming import (
     describe_run,
     follow_arguments,
     read_record,
+    refusing_old_versions,
     schedule_changes,
     write_record,
 )
@@ -121,8 +122,8 @@ def start_logging(arguments):
 def prepare_output_dir(arguments, resume_from):
     """Refuse to mix two runs: checkpoints are told apart by step alone, and the newest would be the wrong one.
 
-    What an interrupted run left of a checkpoint is no obstacle; it is deleted. So call this, and `checkpoint_to_resume`
-    before it, under one `main_process_first`: no process looks for checkpoints while another deletes.
+    What an interrupted run left of a checkpoint is no obstacle; it is deleted. So call this and, before it,
+    `checkpoint_to_resume` under one `main_process_first`: no process looks for checkpoints while another deletes.
     """
     folder = Path(arguments.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -292,7 +293,8 @@ class CheckedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         asked = [{name: value for name, value in group.items() if name != "params"}
                  for group in self.optimizer.param_groups]  # fmt: skip
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with refusing_old_versions():
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             rescheduled = bool(self._record and schedule_changes(self._record["settings"], self._settings))
             follow_arguments(self.optimizer, self.lr_scheduler, asked, rescheduled)
