@@ -299,3 +299,16 @@ def test_packed_rows_are_counted_without_what_is_left_of_them(tmp_path):
     trainer.train()
     assert all(0 <= entry["padding"] < 0.5 for entry in logs_of(trainer))
     assert logs_of(trainer)[-1]["tokens"] <= 3 * 2 * ROW_LENGTH
+
+
+def test_a_run_whose_budget_is_used_up_trains_no_further_when_it_is_resumed(tmp_path):
+    options = {"max_tokens": 1200, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path, **options)
+    whole.train()
+    last = tmp_path / f"checkpoint-{whole.state.global_step}"
+    again = make_trainer(tmp_path / "again", **options)
+    again.train(resume_from_checkpoint=str(last))
+    assert again.state.global_step == whole.state.global_step
+    assert again.progress.totals["tokens"] == whole.progress.totals["tokens"]
+    for a, b in zip(trained_weights(again), trained_weights(whole), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -158,6 +158,13 @@ class PretrainingTrainer(CheckedTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def is_finished(self, max_steps):
+        """Also where a budget is used up."""
+        if self.progress.unit == "steps":
+            return super().is_finished(max_steps)
+        self.progress.restore(self.state)
+        return self.progress.share() >= 1
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.progress.unit != "steps":
