@@ -11,7 +11,15 @@ OF_THE_LIBRARY = (
     | {"num_labels", "name_or_path", "torch_dtype", "attn_implementation", "experts_implementation"}
     | {"output_attentions", "rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"}
     | {"add_cross_attention", "is_decoder", "tie_last_hidden_states", "model_max_length", "tie_encoder_decoder"}
-    | {"quantization_config", "auto_map", "model_type", "use_cache", "task_specific_params", "custom_pipelines"}
+    | {
+        "output_loading_info",
+        "quantization_config",
+        "auto_map",
+        "model_type",
+        "use_cache",
+        "task_specific_params",
+        "custom_pipelines",
+    }
     | {f"{name}_token_id" for name in ("cls", "sep", "mask", "unk", "decoder_start")}
 )
 """What transformers itself, and what saves configs with it, puts into a config."""

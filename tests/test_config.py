@@ -58,7 +58,7 @@ CHOICES = {
     "norm_position": ("pre", "post"),
     "norm_type": ("layer_norm", "rms_norm"),
     "mlp_type": ("plain", "gated"),
-    "head_type": ("bert", "roberta", "distilbert", "modernbert"),
+    "head_type": ("bert", "roberta", "electra", "distilbert", "modernbert"),
     "pooling": ("first", "mean", "max"),
 }
 

@@ -29,7 +29,7 @@ HEADS = {
     "question_answering": SelfAttnForQuestionAnswering,
     "multiple_choice": SelfAttnForMultipleChoice,
 }
-HEAD_TYPES = ["bert", "roberta", "distilbert", "modernbert"]
+HEAD_TYPES = ["bert", "roberta", "electra", "distilbert", "modernbert"]
 LABELS = 5
 
 
