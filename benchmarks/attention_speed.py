@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/attention_speed.py
     OMP_NUM_THREADS=1 python benchmarks/attention_speed.py --shapes 32,4,128,64 --dtypes bf16
 
-One thread, in turn, each once more before its clock starts, medians; no mask, no dropout. Each gets its own best layout: SDPA and the plain products
-(B, H, N, d), contiguous, ours (B, N, H, d), its mask made outside of the timing. That all agree is checked here.
+One thread, in turn, each once more before its clock starts, medians; no mask, no dropout. Each gets its own best
+layout: SDPA and the plain products (B, H, N, d), contiguous, ours (B, N, H, d), its mask made outside of the timing.
+That all agree is checked here.
 """
 
 import argparse

@@ -379,3 +379,10 @@ def test_a_classifier_does_not_take_the_language_models_dense_layer(opened_as, h
     make_model("AutoModelForMaskedLM", head_type=head_type).save_pretrained(tmp_path)
     _, told = CLASSES[opened_as].from_pretrained(tmp_path, output_loading_info=True)
     assert {name for name in told["missing_keys"] if name.endswith("dense.weight")} != set()
+
+
+def test_loading_info_on_request(tmp_path):
+    make_model("AutoModel").save_pretrained(tmp_path)
+    model, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model) is hf_selfattn.SelfAttnModel
+    assert not any(info.values())

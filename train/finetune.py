@@ -22,7 +22,7 @@ from transformers import set_seed
 
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
 from hf_selfattn.tools.baselines import baseline_accuracies
-from hf_selfattn.tools.card import write_card
+from hf_selfattn.tools.card import hash_of_rows, write_card
 from hf_selfattn.tools.checkpoints import checkpoint_to_resume
 from hf_selfattn.tools.curve import draw_training_curve
 from hf_selfattn.tools.fast_defaults import log_kernel
@@ -136,7 +136,7 @@ def main(argv=None):
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=resume_from)
         trainer.save_metrics("train", {**result.metrics, "train_rows": len(features["train"])})
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # what is pushed is pushed once, with the card
         trainer.save_state()
     scores = trainer.evaluate()
     trainer.save_metrics("eval", scores)
@@ -145,6 +145,8 @@ def main(argv=None):
     if trainer.is_world_process_zero():
         report(trainer, task, source, model_arguments, scores, splits)
     trainer.accelerator.wait_for_everyone()
+    if training.push_to_hub:
+        trainer.push_to_hub()
     return scores
 
 
@@ -179,7 +181,9 @@ def report(trainer, task, source, model_arguments, scores, splits):
     write_run_record(training, {"name": data_name, "config": source.dataset_config_name, "rows": sizes})
     write_card(folder, model=trainer.model, arguments=training, pipeline_tag=task.pipeline_tag, data_name=data_name,
                metrics=metrics, data_sizes=sizes, base_model=model_arguments.model_name_or_path,
-               curve="training_curve.png")  # fmt: skip
+               curve="training_curve.png", data_config=source.dataset_config_name,
+               data_hashes={split: hash_of_rows(rows) for split, rows in splits.items()},
+               options=(source, model_arguments, task.arguments))  # fmt: skip
     print(f"\n{task.name} on {sizes['validation']:,} validation examples")
     for name, value in [*metrics.items(), *((f"accuracy of {name}", value) for name, value in baselines.items())]:
         print(f"  {name.replace('_', ' '):44}{value:10.4f}")

@@ -1,13 +1,10 @@
 r"""Pretrain an encoder by masked language modelling.
 
     python train/pretrain.py train/recipes/quickstart.yaml
-    python train/pretrain.py --dataset_name docstrings --config_overrides "num_hidden_layers=4,hidden_size=256" \
-        --max_steps 1000 --output_dir runs/mine
-    python train/pretrain.py --train_file corpus.txt --validation_file held_out.txt --tokenizer_name runs/tokenizer \
-        --config_file config.json --output_dir runs/mine
+    python train/pretrain.py --train_file corpus.txt --validation_file held_out.txt --output_dir runs/mine \
+        --config_overrides "num_hidden_layers=4,hidden_size=256" --max_steps 1000
     python train/pretrain.py --streaming true --train_file "shards/*.parquet" --max_steps 100000 --output_dir runs/mine
-    python train/pretrain.py recipe.yaml --dry_run
-    python train/pretrain.py recipe.yaml --resume_from_checkpoint last
+    python train/pretrain.py recipe.yaml --resume_from_checkpoint last      # or --dry_run
     accelerate launch --num_processes 8 train/pretrain.py recipe.yaml
 
 A recipe is a flat YAML file of the same options; the command line wins. Without --model_name_or_path a new model is
@@ -22,7 +19,7 @@ from pathlib import Path
 from transformers import AutoModelForMaskedLM, set_seed
 
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
-from hf_selfattn.tools.card import write_card
+from hf_selfattn.tools.card import hash_of_rows, write_card
 from hf_selfattn.tools.checkpoints import checkpoint_to_resume
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.curve import draw_training_curve
@@ -160,7 +157,7 @@ def main(argv=None):
         sizes = {"train_documents": len(documents)} if documents else {
             "train_rows": len(rows["train"]), "train_tokens": int(trainer.train_dataset.lengths.sum())}  # fmt: skip
         trainer.save_metrics("train", {**result.metrics, **sizes})
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # what is pushed is pushed once, with the card
         trainer.save_state()
     scores = trainer.evaluate()
     trainer.save_metrics("eval", scores)
@@ -168,6 +165,8 @@ def main(argv=None):
         sizes = {split: len(found) for split, found in {**splits, "train": documents or splits["train"]}.items()}
         report(trainer, training, source, model_arguments, scores, splits, sizes, column, arguments)
     trainer.accelerator.wait_for_everyone()
+    if training.push_to_hub:
+        trainer.push_to_hub()
     return scores
 
 
@@ -175,15 +174,17 @@ def report(trainer, training, source, model_arguments, scores, splits, sizes, co
     """Curve, card and record beside the model, and the numbers that matter on the screen."""
     folder = Path(training.output_dir)
     save_tokenizer(trainer.processing_class, folder)
-    baseline = {"eval_loss": scores["eval_unigram_loss"], "eval_accuracy": scores["eval_unigram_accuracy"]}
+    baseline = {f"eval_{name}": scores[f"eval_unigram_{name}"] for name in ("loss", "accuracy")}
     draw_training_curve(trainer.state.log_history, folder / "training_curve.png", baseline=baseline)
     data_name = source.dataset_name or ", ".join(source.train_file)
     names = ("loss", "perplexity", "accuracy", "bits_per_byte", "masked_tokens", "unigram_loss", "unigram_accuracy")
     metrics = {name: scores[f"eval_{name}"] for name in names}
     write_run_record(training, {"name": data_name, "config": source.dataset_config_name, "rows": sizes})
+    hashes = {split: hash_of_rows(rows) for split, rows in splits.items() if split != "train" or not source.streaming}
     write_card(folder, model=trainer.model, arguments=training, pipeline_tag="fill-mask", data_name=data_name,
                metrics=metrics, data_sizes=sizes, base_model=model_arguments.model_name_or_path,
-               curve="training_curve.png")  # fmt: skip
+               curve="training_curve.png", data_config=source.dataset_config_name, data_hashes=hashes,
+               options=(source, model_arguments, arguments))  # fmt: skip
     print(f"\n{'on ' + format(metrics['masked_tokens'], ',') + ' masked tokens':28}{'model':>10}{'unigram':>10}")
     print(f"{'loss (nats)':28}{metrics['loss']:10.3f}{metrics['unigram_loss']:10.3f}")
     print(f"{'masked-token accuracy':28}{metrics['accuracy']:10.1%}{metrics['unigram_accuracy']:10.1%}")

@@ -35,6 +35,7 @@ from .safe_checkpoints import (
     step_of,
     withdraw_checkpoint,
 )
+from .sharing import HubPushes
 
 logger = logging.get_logger(__name__)
 
@@ -148,13 +149,12 @@ def prepare_output_dir(arguments, resume_from):
             for path in found:
                 delete_checkpoint(path)
     if resume_from is None and arguments.should_save:
-        (folder / "all_results.json").unlink(
-            missing_ok=True
-        )  # the Trainer would add to the numbers of the earlier run
+        # The Trainer would add to the numbers of the earlier run.
+        (folder / "all_results.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 
-class CheckedTrainer(Trainer):
+class CheckedTrainer(HubPushes, Trainer):
     """The stock Trainer with batches of `EpochSampler`, which may be killed at any moment and stops where it diverges.
 
     A checkpoint is whole or not taken (`safe_checkpoints`), older ones are deleted after the next is whole, and a run
