@@ -173,6 +173,16 @@ def _backward(ctx, grad, *_):
 tiled_attention.register_autograd(_backward, setup_context=_save)
 
 
+def _refuse_second(ctx, *grads):
+    raise NotImplementedError(
+        "attn_implementation 'selfattn' has no second derivatives. Use model.set_attn_implementation('eager') where "
+        "a backward has create_graph=True."
+    )
+
+
+tiled_attention_backward.register_autograd(_refuse_second)
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -183,7 +193,7 @@ def attend(
     need_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `kernels_eager.attend`, tile by tile; with `need_weights` it is `kernels_eager.attend`."""
-    if need_weights or not (query.numel() and key.numel()):
+    if need_weights or not (query.numel() and key.numel()) or _is_transformed(query):
         dense = allowed(mask.pattern, mask.query, mask.key, mask.heads, mask.user_mask)
         return attend_eager(query, key, value, dense, scoring, dropout, need_weights)
     bias = scoring.bias
@@ -228,6 +238,11 @@ def attend(
         room,
     )
     return heads, None
+
+
+def _is_transformed(query: torch.Tensor) -> bool:
+    """Whether one of torch.func's transforms (grad, jvp, …) is at work: they cannot look into an operator."""
+    return values_can_be_read(query) and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def reasons(config, device_type: str | None, dtype: torch.dtype | None, training: bool | None) -> list[str]:

@@ -121,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "The masked language model's loss in training keeps no logits and has no second derivatives. Call "
-                "model.eval() before a backward with create_graph=True."
+                "model.eval() and model.set_attn_implementation('eager') before a backward with create_graph=True."
             )
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         grads = (of_hidden, None if of_weight is None else of_weight.t(), of_bias)

@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_selfattn.tools.checkpoints import checkpoint_to_resume
+from hf_selfattn.tools.checkpoints import checkpoint_to_resume, prepare_output_dir
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.documents import Documents
 from hf_selfattn.tools.loss_guard import LossGuard
@@ -45,7 +45,7 @@ from hf_selfattn.tools.safe_checkpoints import (
     step_of,
 )
 from hf_selfattn.tools.streaming import StreamCollator, StreamedRows
-from hf_selfattn.tools.training import CheckedTrainer, Rows, ScriptArguments, prepare_output_dir
+from hf_selfattn.tools.training import CheckedTrainer, Rows, ScriptArguments
 
 from .processes import join
 from .train_scripts import sentences, tiny_tokenizer, write_texts

@@ -77,3 +77,9 @@ def test_settings_without_meaning_are_refused():
         LossGuard(deviations=-1)
     with pytest.raises(ValueError, match="--divergence_patience is at least 1 step, got 0"):
         LossGuard(patience=0)
+
+
+@pytest.mark.parametrize("jump", [12, 20, 45])
+def test_a_jump_in_the_first_steps_is_seen(jump):
+    losses = np.concatenate([falling(jump, 0.05) + 6, np.full(200, 30.0)])
+    assert stops(losses) == jump + LossGuard().patience - 1

@@ -120,9 +120,18 @@ def test_what_is_no_schedule_is_refused(options, message, tmp_path):
 
 
 def test_a_decay_longer_than_the_training_is_refused(tmp_path):
-    arguments = make_arguments(tmp_path, **WSD, warmup_steps=60, decay_steps=50, max_steps=100)
-    with pytest.raises(ValueError, match=r"of 100 steps has no room for 60 of warm-up .* and 50 of decay"):
+    """As soon as it is known: with --max_steps before anything is read, with epochs when they are counted."""
+    message = r"of 100 steps has no room for 60 of warm-up .* and 50 of decay"
+    with pytest.raises(ValueError, match=message):
+        make_arguments(tmp_path, **WSD, warmup_steps=60, decay_steps=50, max_steps=100)
+    arguments = make_arguments(tmp_path, **WSD, warmup_steps=60, decay_steps=50, num_train_epochs=1)
+    with pytest.raises(ValueError, match=message):
         make_scheduler(arguments, optimizer(), 100)
+
+
+def test_no_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--max_steps is at least 1, got 0. .* --do_train false"):
+        make_arguments(tmp_path, max_steps=0)
 
 
 def falling(folder, **options):

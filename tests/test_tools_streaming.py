@@ -325,3 +325,15 @@ class TestWhatIsRefused:
         rows = stream(Documents([tmp_path / "a.jsonl"]))
         with pytest.raises(ValueError, match=r"a.jsonl, line 141: each line of a stream is a JSON object"):
             list(itertools.islice(loader(rows, 2), 50))
+
+
+def test_other_texts_are_other_data(tmp_path):
+    """The same file with its lines in another order, and another column of it."""
+    file = tmp_path / "two.jsonl"
+    lines = [json.dumps({"a": f"one {number}", "b": f"two {number}"}) for number in range(60)]
+    found = []
+    for order, column in ((lines, "a"), (lines, "b"), (lines[1:] + lines[:1], "a"), (lines, "a")):
+        file.write_text("\n".join(order))
+        found.append(stream(Documents([str(file)], column)).fingerprint)
+    assert found[0] == found[3]
+    assert len(set(found)) == 3

@@ -7,13 +7,14 @@ from torch.utils.data import BatchSampler
 from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_selfattn.tools.checkpoints import prepare_output_dir
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.loss_guard import LossGuard
 from hf_selfattn.tools.rows import EpochSampler, Rows
 from hf_selfattn.tools.safe_checkpoints import begin_checkpoint, newest_whole_checkpoint
-from hf_selfattn.tools.training import CheckedTrainer, ScriptArguments, prepare_output_dir
+from hf_selfattn.tools.training import CheckedTrainer, ScriptArguments
 
-from .train_scripts import sentences, tiny_tokenizer
+from .train_scripts import sentences, tiny_model_folder, tiny_tokenizer
 
 
 def make_rows(count=203):
@@ -199,6 +200,10 @@ def test_two_runs_are_not_mixed(tmp_path):
         ValueError, match=r"checkpoint-800' is not the newest: checkpoint-900 would count as this run's"
     ):
         prepare_output_dir(arguments, resume_from=earlier)
+    with pytest.raises(
+        ValueError, match=r"is named checkpoint-N by its step, got .*best'. Give it that name, or move"
+    ):
+        prepare_output_dir(arguments, resume_from=str(tmp_path / "best"))
     with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run."):
         prepare_output_dir(arguments, resume_from="elsewhere/checkpoint-800")
     prepare_output_dir(ScriptArguments(output_dir=str(tmp_path), overwrite_output_dir=True), None)
@@ -217,3 +222,19 @@ def test_what_must_stay_as_it_is(tmp_path):
         ScriptArguments(output_dir=str(tmp_path), do_eval=False)
     with pytest.raises(ValueError, match="--remove_unused_columns must stay off"):
         ScriptArguments(output_dir=str(tmp_path), remove_unused_columns=True)
+
+
+@pytest.mark.parametrize("at", [6, 8], ids=["within", "at_the_end"])
+def test_a_gradient_that_is_no_number_changes_no_weight(at, tmp_path):
+    """The loss is finite, and the last checkpoint is one from before."""
+    model = AutoModelForMaskedLM.from_pretrained(tiny_model_folder())
+    arguments = ScriptArguments(str(tmp_path), max_steps=8, save_steps=2, save_total_limit=1, use_cpu=True, bf16=False,
+                                per_device_train_batch_size=2, report_to="none", disable_tqdm=True)  # fmt: skip
+    trainer = CheckedTrainer(
+        model, arguments, train_dataset=text_rows(), data_collator=MaskingCollator(tiny_tokenizer())
+    )
+    weight = next(model.parameters())
+    weight.register_hook(lambda grad: grad * float("nan") if trainer.state.global_step == at - 1 else grad)
+    with pytest.raises(FloatingPointError, match=rf"gradient norm is nan.* at step {at} .*checkpoint-{at - 2}"):
+        trainer.train()
+    assert all(x.isfinite().all() for x in model.parameters())

@@ -23,7 +23,7 @@ from transformers import set_seed
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
 from hf_selfattn.tools.baselines import baseline_accuracies
 from hf_selfattn.tools.card import hash_of_rows, write_card
-from hf_selfattn.tools.checkpoints import checkpoint_to_resume
+from hf_selfattn.tools.checkpoints import checkpoint_to_resume, prepare_output_dir
 from hf_selfattn.tools.curve import draw_training_curve
 from hf_selfattn.tools.fast_defaults import log_kernel
 from hf_selfattn.tools.opening import (
@@ -47,7 +47,6 @@ from hf_selfattn.tools.training import (
     CheckedTrainer,
     Rows,
     ScriptArguments,
-    prepare_output_dir,
     start_logging,
 )
 from hf_selfattn.tools.windows import check_token_ids, window_length

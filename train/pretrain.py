@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
 from hf_selfattn.tools.card import hash_of_rows, write_card
-from hf_selfattn.tools.checkpoints import checkpoint_to_resume
+from hf_selfattn.tools.checkpoints import checkpoint_to_resume, prepare_output_dir
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.curve import draw_training_curve
 from hf_selfattn.tools.documents import open_stream
@@ -36,7 +36,7 @@ from hf_selfattn.tools.run_record import write_run_record
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
 from hf_selfattn.tools.streaming import StreamCollator, StreamedRows, check_training
 from hf_selfattn.tools.tokenizer import save_tokenizer
-from hf_selfattn.tools.training import Rows, prepare_output_dir, start_logging
+from hf_selfattn.tools.training import Rows, start_logging
 from hf_selfattn.tools.windows import as_rows, check_choice, check_token_ids, token_counts, window_length
 
 
@@ -115,12 +115,12 @@ def main(argv=None):
     check_choice(arguments.long_texts)
     check_source_of_model(model_arguments)
     check_rate_end(arguments.mlm_probability_end, training, getattr(source, "streaming", False))
+    if source.streaming:
+        check_training(training)
     if training.dry_run:
         if training.process_index == 0:
             print(plan_pretraining(model_arguments, arguments, training))
         return None
-    if source.streaming:
-        check_training(training)
     with training.main_process_first(desc="preparing the output folder"):
         resume_from = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)
         prepare_output_dir(training, resume_from)

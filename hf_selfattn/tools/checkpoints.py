@@ -8,10 +8,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .safe_checkpoints import (
     COMPLETE,
+    NAME,
     UNFINISHED,
     checkpoint_folders,
+    delete_checkpoint,
     is_unfinished,
     newest_whole_checkpoint,
+    step_of,
     why_not_whole,
 )
 
@@ -148,3 +151,42 @@ def checkpoint_to_resume(value, output_dir):
         value = folder
     check_resumable(value)
     return str(value)
+
+
+def prepare_output_dir(arguments, resume_from):
+    """Refuse to mix two runs: checkpoints are told apart by step alone, and the newest would be the wrong one.
+
+    What an interrupted run left of a checkpoint is no obstacle; it is deleted. So call this and, before it,
+    `checkpoint_to_resume` under one `main_process_first`: no process looks for checkpoints while another deletes.
+    """
+    folder = Path(arguments.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {str(folder)!r} is a file. Pass a folder.")
+    if arguments.do_train:
+        found = checkpoint_folders(folder)
+        goes_on = resume_from is not None and Path(resume_from).resolve().parent == folder.resolve()
+        if goes_on and not NAME.fullmatch(Path(resume_from).name):
+            raise ValueError(
+                f"A checkpoint in --output_dir is named checkpoint-N by its step, got --resume_from_checkpoint "
+                f"{str(resume_from)!r}. Give it that name, or move it to another folder."
+            )
+        if goes_on:  # those of a run that went on from there before
+            found = [path for path in found if step_of(path) > step_of(resume_from)]
+        others = [path for path in found if not is_unfinished(path)]
+        if others and not arguments.overwrite_output_dir:
+            if goes_on:
+                raise ValueError(
+                    f"--resume_from_checkpoint {str(resume_from)!r} is not the newest: {others[-1].name} would count "
+                    "as this run's, too. Delete the later ones by --overwrite_output_dir, or pass another folder."
+                )
+            raise ValueError(
+                f"--output_dir {str(folder)!r} holds checkpoints of an earlier run. Go on with it by "
+                f"--resume_from_checkpoint last, delete them by --overwrite_output_dir, or pass another folder."
+            )
+        if arguments.should_save:
+            for path in found:
+                delete_checkpoint(path)
+    if resume_from is None and arguments.should_save:
+        # The Trainer would add to the numbers of the earlier run.
+        (folder / "all_results.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,8 @@ class LossGuard:
 
     ABOVE_MEAN, ABOVE_FIRST = 0.5, 0.1
     MEMORY = 0.98  # share of the mean that a step leaves: it reaches back about 50 steps
-    FIRST = 50  # steps that only tell mean and noise
+    FIRST = 50  # steps whose mean is a plain one
+    UNWATCHED = 10  # steps that only tell mean and noise
 
     def __post_init__(self):
         if not self.deviations >= 0:
@@ -61,7 +62,7 @@ class LossGuard:
         return None
 
     def _limit(self):
-        if not self.deviations or self.steps < self.FIRST:
+        if not self.deviations or self.steps < self.UNWATCHED:
             return math.inf
         noise = self.deviations * math.sqrt(self.variance)
         return self.lowest + max(noise, self.ABOVE_MEAN * self.lowest, self.ABOVE_FIRST * self.first)

@@ -16,6 +16,7 @@ import transformers
 from transformers.utils import logging
 
 from .run_record import versions
+from .schedules import CEILING
 
 logger = logging.get_logger(__name__)
 
@@ -149,9 +150,13 @@ def _told(pairs):
 
 def schedule_changes(then, now):
     """(name, value then, value now) of what decides about the learning rate of a step, beside its height."""
-    then, now = ({name: settings["arguments"].get(name) for name in SCHEDULE} | {"max_steps": settings["max_steps"]}
-                 for settings in (then, now))  # fmt: skip
-    return list(_pairs(then, now))
+
+    def schedule(settings):
+        steps = settings["max_steps"]
+        found = {name: settings["arguments"].get(name) for name in SCHEDULE}
+        return found | {"max_steps": None if steps == CEILING else steps}
+
+    return list(_pairs(schedule(then), schedule(now)))
 
 
 def compare_settings(then, now, place, *, is_stream, keeps_place, bounded_by_steps):

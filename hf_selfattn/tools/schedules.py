@@ -83,6 +83,10 @@ def check_schedule(arguments, unit):
             f"training and make more than 1. Lower one of them."
         )
     if unit == "steps":
+        if arguments.max_steps == 0:
+            raise ValueError("--max_steps is at least 1, got 0. To evaluate alone, pass --do_train false.")
+        if arguments.max_steps > 0:
+            _check_room(arguments, arguments.max_steps)
         return
     budget = f"--max_{unit}"
     if kind not in BY_SHARE:
@@ -115,6 +119,17 @@ def decay_share(arguments, num_training_steps):
     return decay if decay < 1 else decay / num_training_steps
 
 
+def _check_room(arguments, num_training_steps):
+    if arguments.lr_scheduler_type != WSD:
+        return
+    warmup, decay = (steps_of(x, num_training_steps) for x in (arguments.warmup_steps, arguments.decay_steps))
+    if warmup + decay > num_training_steps:
+        raise ValueError(
+            f"A training of {num_training_steps} steps has no room for {warmup} of warm-up (--warmup_steps) and "
+            f"{decay} of decay (--decay_steps). Lower one of them."
+        )
+
+
 def _stock(arguments, optimizer, num_training_steps):
     """transformers' own schedule; --decay_steps and --decay_type become the arguments that it takes for them."""
     kwargs = dict(arguments.lr_scheduler_kwargs or {})
@@ -122,11 +137,7 @@ def _stock(arguments, optimizer, num_training_steps):
     if arguments.lr_scheduler_type == WSD:
         decay = steps_of(arguments.decay_steps, num_training_steps)
         kwargs |= {"num_decay_steps": decay, "decay_type": arguments.decay_type}
-        if warmup + decay > num_training_steps:
-            raise ValueError(
-                f"A training of {num_training_steps} steps has no room for {warmup} of warm-up (--warmup_steps) and "
-                f"{decay} of decay (--decay_steps). Lower one of them."
-            )
+        _check_room(arguments, num_training_steps)
     return get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, num_training_steps, kwargs)
 
 

@@ -6,6 +6,7 @@ Each data worker of each process, a consumer, takes every C-th block of an epoch
 the next epoch by itself: the stream has no end. A few integers, the cursor, say where a consumer stands.
 """
 
+import functools
 import itertools
 import zlib
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from .packed_rows import best_fit
 from .windows import Frame, check_choice, cut_into_windows
 
 logger = logging.get_logger(__name__)
+
+SAMPLED = 8
+"""Documents that stand for the texts of a stream in its fingerprint."""
 
 TEXTS_AT_ONCE = 512  # that are tokenised together: their ids are Python integers until they are counted
 WINDOWS = 2**20  # numbers for the windows of one document: example_id = number of the document * WINDOWS + window
@@ -90,11 +94,14 @@ class StreamedRows(torch.utils.data.IterableDataset):
             f"tokens: --long_texts {long_texts}"
         )
 
-    @property
+    @functools.cached_property
     def fingerprint(self):
-        """Of whatever decides which rows a block gives."""
+        """Of whatever decides which rows a block gives; of the texts some are read."""
         files = [(PurePosixPath(file.name).name, len(file)) for file in self.documents.files]
-        settings = (files, len(self.documents), len(self.tokenizer), self.row_length, self.seed, self.shuffle_buffer,
+        places = sorted({number * (len(self.documents) - 1) // (SAMPLED - 1) for number in range(SAMPLED)})
+        texts = [self.documents.texts(place, place + 1) for place in places]
+        settings = (files, len(self.documents), self.documents.column, texts)
+        settings += (len(self.tokenizer), self.row_length, self.seed, self.shuffle_buffer,
                     self.packing or self.batch_size, self.long_texts)  # fmt: skip
         return zlib.crc32(repr(settings).encode())
 

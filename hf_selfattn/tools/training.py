@@ -2,6 +2,7 @@
 
 import json
 import logging as python_logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,10 +28,8 @@ from .rows import EpochSampler, Rows
 from .safe_checkpoints import (
     begin_checkpoint,
     checkpoint_folders,
-    delete_checkpoint,
     delete_old_checkpoints,
     finish_checkpoint,
-    is_unfinished,
     newest_whole_checkpoint,
     step_of,
     withdraw_checkpoint,
@@ -120,40 +119,6 @@ def start_logging(arguments):
         logger.info(remark)
 
 
-def prepare_output_dir(arguments, resume_from):
-    """Refuse to mix two runs: checkpoints are told apart by step alone, and the newest would be the wrong one.
-
-    What an interrupted run left of a checkpoint is no obstacle; it is deleted. So call this and, before it,
-    `checkpoint_to_resume` under one `main_process_first`: no process looks for checkpoints while another deletes.
-    """
-    folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {str(folder)!r} is a file. Pass a folder.")
-    if arguments.do_train:
-        found = checkpoint_folders(folder)
-        goes_on = resume_from is not None and Path(resume_from).resolve().parent == folder.resolve()
-        if goes_on:  # those of a run that went on from there before
-            found = [path for path in found if step_of(path) > step_of(resume_from)]
-        others = [path for path in found if not is_unfinished(path)]
-        if others and not arguments.overwrite_output_dir:
-            if goes_on:
-                raise ValueError(
-                    f"--resume_from_checkpoint {str(resume_from)!r} is not the newest: {others[-1].name} would count "
-                    "as this run's, too. Delete the later ones by --overwrite_output_dir, or pass another folder."
-                )
-            raise ValueError(
-                f"--output_dir {str(folder)!r} holds checkpoints of an earlier run. Go on with it by "
-                f"--resume_from_checkpoint last, delete them by --overwrite_output_dir, or pass another folder."
-            )
-        if arguments.should_save:
-            for path in found:
-                delete_checkpoint(path)
-    if resume_from is None and arguments.should_save:
-        # The Trainer would add to the numbers of the earlier run.
-        (folder / "all_results.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 class CheckedTrainer(HubPushes, Trainer):
     """The stock Trainer with batches of `EpochSampler`, which may be killed at any moment and stops where it diverges.
 
@@ -236,6 +201,13 @@ class CheckedTrainer(HubPushes, Trainer):
             if trouble:
                 self._stop(trouble)
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Of each step, before its weights change. (In fp16 the scaler leaves such a step out, and goes on.)"""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            self._stop(f"The gradient norm is {float(norm)}, with a loss of {self.loss_guard.loss:.4g},")
+        return norm
 
     def _stop(self, trouble):
         """Checkpoints since the loss began to rise are withdrawn, so that `last` is a good one."""
@@ -341,7 +313,7 @@ class CheckedTrainer(HubPushes, Trainer):
                 "weights with --model_name_or_path."
             )
         if self.is_finished(max_steps):
-            logger.info(f"resumed: at step {self.state.global_step} of {max_steps} nothing is left to train")
+            logger.info(f"resumed: at step {self.state.global_step} nothing is left to train")
             return num_epochs, 0
         return epochs, batches
 
