@@ -85,6 +85,7 @@ def with_varlen(make_mask: Callable, attend: Callable) -> tuple[Callable, Callab
         return Documents(boundaries, int(lengths.max()), window, who if half else make_mask(*who), not half)
 
     def attend_documents(query, key, value, mask, scoring, dropout=0.0, need_weights=False):
+        """As the kernel's own `attend`; of Documents, flash attention takes those in half precision."""
         if not isinstance(mask, Documents):
             return attend(query, key, value, mask, scoring, dropout, need_weights)
         if need_weights or value.dtype not in HALF:

@@ -164,6 +164,7 @@ if spreads_models() and is_torch_distributed_available():
             module._parameters[param] = nn.Parameter(whole)
 
         def install_forward(self, module, mesh):
+            """Lets the module's forward see plain tensors, whose gradients are parts of a sum over processes."""
             forward = module.forward
 
             def with_local_weights(*args, **kwargs):

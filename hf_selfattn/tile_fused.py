@@ -22,11 +22,15 @@ LONG = (torch.bfloat16, torch.float16)
 """Types in which documents go this way that are too long to be computed whole."""
 
 
+def may_fuse(problem: Problem, sink, query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's fused attention computes the same, for values alone."""
+    return problem.scores_alone and sink is None and not problem.dropout and query.shape[3] == value.shape[3]
+
+
 def may_train(problem: Problem, sink, query, key, value) -> bool:
     """Whether torch's fused attention has the values and the gradient of this full attention on this device."""
-    able = problem.scores_alone and sink is None and not problem.dropout and query.shape[3] == value.shape[3]
     known = query.device.type == "cpu" and query.dtype in WHOLE + LONG and None not in (_FORWARD, _BACKWARD)
-    return able and known and is_full(problem, query, key)
+    return known and may_fuse(problem, sink, query, value) and is_full(problem, query, key)
 
 
 def is_full(problem: Problem, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -51,6 +55,11 @@ class FusedRoad(DocumentRoad):
 
     def attend(self) -> torch.Tensor:
         """(R, N, H, d_v), where no gradient is asked for; on every device."""
+        if self.plan.in_place:
+            length = self.plan.groups[0][0]
+            inputs = (self.read(x, (slice(None),), length) for x in (self.query, self.key, self.value))
+            heads = scaled_dot_product_attention(*inputs, scale=self.scale).transpose(1, 2)
+            return heads.reshape(*self.shape, self.heads, -1)
         heads = self.empty(self.value.shape[2], self.value.dtype)
         for (step,) in self.steps(False):
             inputs = (self.read(x, step.query_places, step.lengths[0]) for x in (self.query, self.key, self.value))

@@ -7,10 +7,11 @@ backward. The weights of short documents can be kept for the backward, too; all 
 from collections.abc import Iterator
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from .tile_blocks import BlockRoad
 from .tile_documents import DocumentRoad
-from .tile_fused import WHOLE, FusedRoad, is_full, may_train
+from .tile_fused import WHOLE, FusedRoad, is_full, may_fuse, may_train
 from .tile_plan import plan_documents, without_short
 from .tile_problem import Problem, Step
 from .tile_roads import Road, scaled_product
@@ -38,17 +39,9 @@ def forward(
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     found, log_sum = None, query.new_zeros(*query.shape[:3], dtype=exact)
-    fused = not with_gradient and may_fuse(problem, sink) and query.shape[3] == value.shape[3]
+    fused = not with_gradient and may_fuse(problem, sink, query, value)
     if fused and is_full(problem, query, key):
-        if bool(problem.visited.any()):
-            longest = int(problem.query_tokens.length.max())
-            none = torch.zeros_like(problem.visited)
-            problem = problem._replace(whole_below=longest, plan=problem.plan.new_empty(0), visited=none)
-        plan = problem.documents()
-        if plan is not None and plan.in_place:
-            parts = (x.view(-1, plan.groups[0][0], *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
-            heads = _fused(*parts, problem.score[2][0], grouped=query.shape[2] != key.shape[2]).transpose(1, 2)
-            return heads.reshape(*query.shape[:3], -1), log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
+        plan = problem.documents(of_any_length=True)
         if plan is not None:
             heads = FusedRoad(problem, plan, query, key, value).attend()
             return heads, log_sum.transpose(1, 2).contiguous(), query.new_empty(0)
@@ -85,7 +78,7 @@ def roads(problem: Problem, query, key, value, sink) -> Iterator[Road]:
     """The roads that have something to compute; together they compute all."""
     by_torch, blocks = may_train(problem, sink, query, key, value), bool(problem.visited.any())
     if by_torch and query.dtype in WHOLE:
-        plan = plan_documents(problem.query_tokens) if blocks else problem.documents()
+        plan = problem.documents(of_any_length=True)
         if plan is not None:
             yield FusedRoad(problem, plan, query, key, value)
         return
@@ -99,17 +92,6 @@ def roads(problem: Problem, query, key, value, sink) -> Iterator[Road]:
         yield FusedRoad(problem, plan, query, key, value)
     elif blocks:
         yield BlockRoad(problem, query, key, value)
-
-
-def may_fuse(problem: Problem, sink: torch.Tensor | None) -> bool:
-    """Whether torch's fused attention computes the same. Its forward is the faster one, its backward is not."""
-    return problem.scores_alone and sink is None and not problem.dropout
-
-
-def _fused(query, key, value, scale: float, grouped: bool = False, mask: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
-    )
 
 
 def _read_query(road: Road, step: Step, second: torch.Tensor | None) -> tuple:
@@ -130,7 +112,8 @@ def _at_once(road: Road, step: Step, query, second, kept: torch.Tensor | None) -
     """heads (n, h, b, d_v) of a step that has every key of its queries."""
     problem, (key, value) = road.problem, _read_key(road, step)
     if road.fused:
-        heads = _fused(query, key, value, road.scale, mask=None if step.hidden is None else ~step.hidden)
+        seen = None if step.hidden is None else ~step.hidden
+        heads = scaled_dot_product_attention(query, key, value, seen, scale=road.scale)
         return heads if step.nothing is None else heads.masked_fill_(step.nothing, 0)
     if problem.scores_alone:
         scores = scaled_product(query, key.transpose(-1, -2), road.scale)

@@ -45,8 +45,10 @@ class Problem(NamedTuple):
     dropout: float
     seed: torch.Tensor
 
-    def documents(self) -> DocumentPlan | None:
+    def documents(self, of_any_length: bool = False) -> DocumentPlan | None:
         """The documents that are computed whole, or None where there are none."""
+        if of_any_length and bool(self.visited.any()):
+            return plan_documents(self.query_tokens)
         if not self.whole_below:
             return None
         made = self.plan.numel() > 0

@@ -2,7 +2,7 @@
 
 import transformers
 
-from .convert_families import TEXT_HEADS
+from .convert_families import BERT_BLOCK, TEXT_HEADS
 
 _ALWAYS = {
     "score_function": "scaled_dot_product",
@@ -14,15 +14,7 @@ _ALWAYS = {
     "norm_type": "layer_norm",
     "embedding_norm": True,
 }
-_BERT = {
-    "attention_pattern": "full",
-    "position_encoding": "learned",
-    "attention_bias": True,
-    "norm_position": "post",
-    "norm_bias": True,
-    "mlp_type": "plain",
-    "mlp_bias": True,
-}
+_BERT = {"attention_pattern": "full", **BERT_BLOCK}
 _MODERNBERT = {
     "position_encoding": "rotary",
     "norm_position": "pre",

@@ -122,18 +122,20 @@ def _common(config):
     }
 
 
+BERT_BLOCK = {
+    "position_encoding": "learned",
+    "attention_bias": True,
+    "norm_position": "post",
+    "norm_bias": True,
+    "mlp_type": "plain",
+    "mlp_bias": True,
+}
+"""What makes our block that of BERT."""
+
+
 def _post_norm(config):
-    return {
-        **_common(config),
-        "max_position_embeddings": config.max_position_embeddings - position_offset(config),
-        "position_encoding": "learned",
-        "attention_bias": True,
-        "norm_position": "post",
-        "norm_bias": True,
-        "mlp_type": "plain",
-        "mlp_bias": True,
-        "pooling": "first",
-    }
+    length = config.max_position_embeddings - position_offset(config)
+    return {**_common(config), **BERT_BLOCK, "max_position_embeddings": length, "pooling": "first"}
 
 
 def bert_options(config, head):
