@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load
+from transformers import BertConfig, BertForMaskedLM
 
 from hf_selfattn.tools.safe_checkpoints import why_not_whole
+from hf_selfattn.tools.tokenizer import save_tokenizer
 
 from .hub_author import HEADS, METRICS
 from .hub_reader import MARKER
 from .hub_server import Hub
 from .test_save_load import CODE
-from .train_scripts import ROOT
+from .train_scripts import ROOT, tiny_tokenizer
 
 TOKENS = {"hf_of_ann": "ann", "hf_of_bob": "bob"}
 USER = "annabel-the-author"
@@ -232,3 +234,27 @@ def test_the_script_pushes_once_with_its_card(tmp_path):
     assert "corpus.txt" in card
     secrets = (str(tmp_path), USER, "hf_of_ann", MARKER)
     assert [(name, x) for name, file in pushed.items() for x in secrets if x.encode() in file] == []
+
+
+def test_a_model_of_the_hub_is_converted_and_goes_back_there(tmp_path):
+    """By name, over HTTP: stock BERT becomes ours, and what was pushed of that becomes BERT again, bit for bit."""
+    hub, sizes = Hub(TOKENS), {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    stock = BertForMaskedLM(BertConfig(vocab_size=len(tiny_tokenizer()), intermediate_size=24, **sizes))
+    stock.save_pretrained(tmp_path / "stock")
+    save_tokenizer(tiny_tokenizer(), tmp_path / "stock")
+    upload = "from huggingface_hub import HfApi; api = HfApi(); api.create_repo('ann/{0}'); "
+    upload += "api.upload_folder(repo_id='ann/{0}', folder_path='../{0}')"
+    convert = ["-m", "hf_selfattn.tools.convert"]
+    with hub.serve() as endpoint:
+        for command in (
+            ["-c", upload.format("stock")],
+            [*convert, "ann/stock", "../ours"],
+            ["-c", upload.format("ours")],
+            [*convert, "ann/ours", "../theirs", "--to", "bert"],
+        ):
+            run(command, endpoint, tmp_path, PYTHONPATH=str(ROOT))
+    assert set(hub.repositories["ann/ours"].files("main")) == MODEL | TOKENIZER | {"conversion.json"}
+    back = BertForMaskedLM.from_pretrained(tmp_path / "theirs").state_dict()
+    assert back.keys() == stock.state_dict().keys()
+    assert all(torch.equal(back[name], weight) for name, weight in stock.state_dict().items())

@@ -1,0 +1,100 @@
+"""Changes that ablations.py tries and no option has: made here, round a training script.
+
+    python benchmarks/ablation_variants.py zero_outputs train/pretrain.py recipe.yaml
+
+What is worth its place becomes an option; the rest stays here, so that its row can be run again.
+"""
+
+import runpy
+import sys
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_selfattn import SelfAttnForMaskedLM, SelfAttnPreTrainedModel
+from hf_selfattn.attention import SelfAttention
+from hf_selfattn.layers import FeedForward
+from hf_selfattn.tools.pretraining import PretrainingTrainer
+
+
+def zero_outputs():
+    """Attention and feed-forward add nothing at first: their last projections begin at 0 (Zhang et al. 2019)."""
+    initial = SelfAttnPreTrainedModel._init_weights
+
+    def _init_weights(self, module):
+        initial(self, module)
+        if isinstance(module, (SelfAttention, FeedForward)):
+            nn.init.zeros_((module.o_proj if isinstance(module, SelfAttention) else module.down_proj).weight)
+
+    SelfAttnPreTrainedModel._init_weights = _init_weights
+
+
+def value_residuals():
+    """Each layer's values are a learned mixture of its own and the first layer's (Zhou et al. 2024, 2410.17897)."""
+    initial = SelfAttnForMaskedLM.__init__
+
+    def make(self, config):
+        initial(self, config)
+        first = []
+
+        def keep(module, inputs, value):
+            first[:] = [value]
+
+        def mix(module, inputs, value):
+            return module.own * value + module.first * first[0]
+
+        for number, layer in enumerate(self.model.layers):
+            projection = layer.attention.v_proj
+            if number:
+                projection.own = nn.Parameter(torch.tensor(0.5))
+                projection.first = nn.Parameter(torch.tensor(0.5))
+            projection.register_forward_hook(mix if number else keep)
+
+    SelfAttnForMaskedLM.__init__ = make
+
+
+class Average(TrainerCallback):
+    """The mean of the weights after each tenth step of the last `share` of a training takes their place."""
+
+    def __init__(self, trainer, share):
+        self.trainer, self.share, self.count, self.mean = trainer, share, 0, None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.trainer.progress.share() < 1 - self.share or state.global_step % 10:
+            return
+        self.count += 1
+        weights = [parameter.detach() for parameter in model.parameters()]
+        if self.mean is None:
+            self.mean = [weight.clone() for weight in weights]
+        else:
+            torch._foreach_lerp_(self.mean, weights, 1 / self.count)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for parameter, mean in zip(model.parameters(), self.mean, strict=True):
+            parameter.data.copy_(mean)
+
+
+def averaged(share):
+    """The last `share` of a training, averaged (Izmailov et al. 2018)."""
+    initial = PretrainingTrainer.__init__
+
+    def make(self, *args, **kwargs):
+        initial(self, *args, **kwargs)
+        self.add_callback(Average(self, share))
+
+    PretrainingTrainer.__init__ = make
+
+
+VARIANTS = {
+    "zero_outputs": zero_outputs,
+    "value_residuals": value_residuals,
+    "averaged_20": lambda: averaged(0.2),
+    "averaged_5": lambda: averaged(0.05),
+}
+
+if __name__ == "__main__":
+    name, script, *arguments = sys.argv[1:]
+    VARIANTS[name]()
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")

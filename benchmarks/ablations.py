@@ -1,0 +1,133 @@
+"""What each choice is worth: short pretraining runs that differ from the default in one thing, at equal tokens.
+
+    python benchmarks/ablations.py --data ../shared/data --group positions --seeds 0
+    python benchmarks/ablations.py --data ../shared/data --row "positions: alibi" --seeds 0 1 2
+
+benchmarks/ablations.yaml has the rows. Each is one run of train/pretrain.py on one thread, which this prints before it
+starts it; --data is a folder with the data sets that the recipe names. Results are appended to
+benchmarks/results/ablations.jsonl as they come, and what stands there is not run again, so that a table may grow over
+days. `benchmarks/tables.py` makes the tables of docs/recipes.md from it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+
+ROWS = Path("benchmarks/ablations.yaml")
+RESULTS = Path("benchmarks/results/ablations.jsonl")
+
+
+def read_rows(path: Path = ROWS) -> tuple[dict, dict[str, dict]]:
+    """(the options of the default, {"group: row": what that row changes})."""
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows = {"default": {}}
+    for group, changes in written["groups"].items():
+        rows |= {f"{group}: {row}": options for row, options in changes.items()}
+    return written["default"], rows
+
+
+def options_of(default: dict, changes: dict) -> dict:
+    """The default's options with the changes; `config`, the model's, is changed key by key (None: left out)."""
+    config = {**default.get("config", {}), **changes.get("config", {})}
+    merged = {**default, **changes, "config": {key: value for key, value in config.items() if value is not None}}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def command_of(options: dict, data: Path, seed: int, output: str) -> list[str]:
+    """The command line of a run."""
+    variant = ["benchmarks/ablation_variants.py", options["variant"]] if "variant" in options else []
+    command = [sys.executable, *variant, "train/pretrain.py", "--seed", str(seed), "--output_dir", output]
+    for name, value in options.items():
+        if name == "variant":
+            continue
+        if name == "config":
+            written = ", ".join(f"{key}={json.dumps(each)}" for key, each in value.items())
+            command += ["--config_overrides", written]
+        else:
+            values = [str(each).replace("DATA", str(data)) for each in (value if isinstance(value, list) else [value])]
+            command += [f"--{name}", *values]
+    return command
+
+
+def done(path: Path) -> set[tuple]:
+    """(row, seed, tokens) of the results that stand there."""
+    if not path.exists():
+        return set()
+    found = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {(result["row"], result["seed"], result["options"]["max_tokens"]) for result in found}
+
+
+def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
+    """The numbers of one training."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = command_of(options, data, seed, folder)
+        print(f"\n{row}, seed {seed}: {shlex.join(command[1:])}", flush=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": "."}
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if finished.returncode:
+            print(f"{row}, seed {seed} failed:\n{finished.stderr[-3000:]}", flush=True)
+            return {}
+        scores = json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
+        record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    names = ("loss", "accuracy", "bits_per_byte", "masked_tokens")
+    return {
+        "row": row,
+        "seed": seed,
+        "options": options,
+        **{name: scores[f"eval_{name}"] for name in names},
+        "train_runtime": scores["train_runtime"],
+        "load": os.getloadavg()[0],
+        "commit": record.get("commit"),
+        "versions": record.get("versions"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--row", nargs="+", default=[], help='rows, as "group: row"; without --group too: all')
+    parser.add_argument("--group", nargs="+", default=[], help="all rows of these groups")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--max_tokens", type=int, help="instead of the default's")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on --threads")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    default, rows = read_rows()
+    if unknown := [row for row in arguments.row if row not in rows]:
+        parser.error(f"no such row: {unknown[0]!r}. There are {', '.join(rows)}.")
+    wanted = [row for row in rows if row in arguments.row or row.split(":")[0] in arguments.group]
+    wanted = wanted or list(rows)
+    if arguments.max_tokens:
+        default["max_tokens"] = arguments.max_tokens
+    finished, writing = done(arguments.output), threading.Lock()
+
+    def work(task):
+        row, seed = task
+        options = options_of(default, rows[row])
+        if (row, seed, options["max_tokens"]) in finished:
+            return
+        result = run(row, seed, options, arguments.data, arguments.threads)
+        if result:
+            with writing, arguments.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{row}, seed {seed}: {result['loss']:.3f} nats, {result['accuracy']:.1%}", flush=True)
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        list(pool.map(work, [(row, seed) for seed in arguments.seeds for row in wanted]))
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{(spent.ru_utime + spent.ru_stime) / 60:.1f} minutes of processor time")
+
+
+if __name__ == "__main__":
+    main()
