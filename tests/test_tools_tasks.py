@@ -7,8 +7,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoConfig
 
+from hf_selfattn.tools.answering import window_starts
 from hf_selfattn.tools.task_choices import MultipleChoice
-from hf_selfattn.tools.task_questions import QuestionAnswering, locate, token_span, window_starts
+from hf_selfattn.tools.task_questions import QuestionAnswering, locate, token_span
 from hf_selfattn.tools.task_texts import TextClassification, TextRegression
 from hf_selfattn.tools.task_tokens import TokenClassification, as_in_text
 from hf_selfattn.tools.tasks import TaskArguments

@@ -74,6 +74,14 @@ def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer, text):
     assert sizes[tokenizer(text)["input_ids"]].sum() == len(text.encode())
 
 
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece"])
+def test_a_token_that_begins_with_number_signs_has_their_bytes(algorithm):
+    text = "## one\n### two\n"
+    tokenizer = train_tokenizer([text] * 9, 300, algorithm, progress=False)
+    ids = tokenizer(text)["input_ids"]
+    assert bytes_of_tokens(tokenizer, len(tokenizer))[ids].sum() == len(text.encode())
+
+
 def test_token_type_ids_on_request():
     tokenizer = train_tokenizer(sentences(50), 300, token_type_ids=True, progress=False)
     assert "token_type_ids" in tokenizer("a", "b")

@@ -1,9 +1,11 @@
 """The answer to a question, as a part of a text."""
 
-import numpy as np
+import itertools
+
 from transformers import AutoModelForQuestionAnswering
 from transformers.utils import logging
 
+from .answering import best_answers, context_windows
 from .collators import PaddingCollator
 from .scoring import score
 from .sources import check_columns
@@ -11,8 +13,6 @@ from .tasks import Task
 from .windows import too_long
 
 logger = logging.get_logger(__name__)
-
-BEST = 20  # the starts and ends that are combined, from each window
 
 
 def read_answers(value):
@@ -45,15 +45,6 @@ def token_span(offsets, answer):
     first = next((i for i in real if offsets[i][1] > start), None)
     last = next((i for i in reversed(real) if offsets[i][0] < end), None)
     return None if first is None or last is None or last < first else (first, last)
-
-
-def window_starts(length, room, stride):
-    """Where windows of `room` tokens begin, each sharing `stride` with the one before; the last ends the text."""
-    if length <= room:
-        return [0]
-    step = room - stride
-    starts = list(range(0, length - room, step))
-    return [*starts, length - room]
 
 
 class QuestionAnswering(Task):
@@ -142,13 +133,9 @@ class QuestionAnswering(Task):
                 )
             question = question[: room // 2]
         left = room - len(question)
-        stride = min(self.arguments.doc_stride, left // 2)
-        starts = window_starts(len(ids), left, stride)
-        for start in starts[:1] if self.how_long == "truncate" else starts:
-            row = encoder.frame.row(question, ids[start : start + left])
-            row |= {"context_start": encoder.frame.start_of_second(question), "example": index}
-            row |= {"offsets": [list(pair) for pair in offsets[start : start + left]], "long": len(starts) > 1}
-            yield row
+        rows = context_windows(encoder.frame, question, ids, offsets, left, min(self.arguments.doc_stride, left // 2))
+        for row in rows[:1] if self.how_long == "truncate" else rows:
+            yield row | {"example": index, "long": len(rows) > 1}
 
     def with_answer(self, row, answer):
         span = token_span(row["offsets"], answer) if answer else None
@@ -158,30 +145,13 @@ class QuestionAnswering(Task):
     def collator(self, tokenizer):
         return PaddingCollator(tokenizer, columns=("start_positions", "end_positions"))
 
-    def best_span(self, row, start_scores, end_scores, best):
-        """The better of `best` and this window's best span, each (score, characters from, characters to)."""
-        context, offsets = row["context_start"], row["offsets"]
-        starts, ends = (np.asarray(s)[context : context + len(offsets)] for s in (start_scores, end_scores))
-        for first in np.argsort(-starts)[:BEST]:
-            for last in np.argsort(-ends)[:BEST]:
-                if first <= last < first + self.arguments.max_answer_length and offsets[first][0] < offsets[last][1]:
-                    value = float(starts[first] + ends[last])
-                    if best is None or value > best[0]:
-                        best = (value, offsets[first][0], offsets[last][1])
-        return best
-
     def answers(self, rows, features, outputs):
-        """(answer, score) for each example: the best span in any of its windows."""
-        best, no_answer = [None] * len(rows), [np.inf] * len(rows)
-        for row, start_scores, end_scores in zip(features, *outputs[:2], strict=False):
-            index = row["example"]
-            best[index] = self.best_span(row, start_scores, end_scores, best[index])
-            no_answer[index] = min(no_answer[index], float(start_scores[0] + end_scores[0]))
-        for context, span, empty in zip(rows[self.context_column], best, no_answer, strict=True):
-            if span is None or (self.has_unanswerable and empty > span[0]):
-                yield "", empty
-            else:
-                yield context[span[1] : span[2]].strip(), span[0]
+        """(answer, probability) for each example: the best span in any of its windows."""
+        windows = zip(features, *outputs[:2], strict=False)
+        for index, group in itertools.groupby(windows, key=lambda window: window[0]["example"]):
+            context, longest = rows[index][self.context_column], self.arguments.max_answer_length
+            [best] = best_answers(context, list(group), longest, self.has_unanswerable)
+            yield best["answer"], best["score"]
 
     def compute_metrics(self, rows, features):
         wanted = [texts for texts, _ in map(read_answers, rows[self.label_column])]

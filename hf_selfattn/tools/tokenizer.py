@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from .recipes import nearest
@@ -16,21 +16,12 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-SMALLEST_VOCABULARY = {"bpe": 261, "wordpiece": 600}  # special tokens and the bytes, which make [UNK] unnecessary
+SMALLEST_VOCABULARY = 261  # special tokens and the bytes, which make [UNK] unnecessary
 
 
 def _special_tokens():
     # " [MASK]" stands for a token that begins with the blank, as it did when that token was masked in pretraining
     return [AddedToken(token, lstrip=token == "[MASK]", special=True) for token in SPECIAL_TOKENS.values()]
-
-
-def _every_byte_inside_a_word():
-    """A text in which each byte of UTF-8 stands inside a word, so that each gets a continuing piece in WordPiece."""
-    ascii_words = [character * 2 for character in map(chr, range(33, 127)) if character.isalnum()]
-    two_bytes = [chr(code) * 2 for code in range(0x80, 0x800)]
-    three_bytes = [chr(code) * 2 for code in (*range(0x800, 0xD800, 0x800), *range(0xE000, 0x10000, 0x800))]
-    four_bytes = [chr(code) * 2 for code in range(0x10000, 0x110000, 0x8000)]
-    return " ".join(ascii_words + two_bytes + three_bytes + four_bytes)
 
 
 def _byte_level_bpe(vocab_size, min_frequency):
@@ -49,19 +40,24 @@ def _byte_level_bpe(vocab_size, min_frequency):
 def _wordpiece(vocab_size, min_frequency):
     """WordPiece over bytes: BERT's would lose case, blanks and rare characters.
 
-    Punctuation stands alone, so no word begins with `##` and the prefix of continuing pieces stays unambiguous.
+    A piece inside a word is written as one at its beginning. Were it `##piece`, transformers' token classification
+    would call whatever differs in length from its text the rest of a word, and that is every " word", too.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"], max_input_chars_per_word=10_000))
+    tokenizer = Tokenizer(
+        models.WordPiece(
+            unk_token=SPECIAL_TOKENS["unk_token"], max_input_chars_per_word=10_000, continuing_subword_prefix=""
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("^##"), ""), decoders.ByteLevel()])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=_special_tokens(),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        continuing_subword_prefix="##",
+        continuing_subword_prefix="",
     )
     return tokenizer, trainer
 
@@ -85,11 +81,10 @@ def train_tokenizer(texts, vocab_size, algorithm="bpe", min_frequency=2, token_t
         raise ValueError(
             f"A tokenizer is one of {list(ALGORITHMS)}, got {algorithm!r}.{nearest(algorithm, ALGORITHMS)}"
         )
-    smallest = SMALLEST_VOCABULARY[algorithm]
-    if vocab_size < smallest:
+    if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"A {algorithm} vocabulary has at least {smallest} tokens (special tokens and single bytes), got "
-            f"{vocab_size}. Pass a larger --tokenizer_vocab_size or --vocab_size."
+            f"A {algorithm} vocabulary has at least {SMALLEST_VOCABULARY} tokens (special tokens and single bytes), "
+            f"got {vocab_size}. Pass a larger --tokenizer_vocab_size or --vocab_size."
         )
     tokenizer, trainer = ALGORITHMS[algorithm](vocab_size, min_frequency)
     trainer.show_progress = progress
@@ -100,8 +95,6 @@ def train_tokenizer(texts, vocab_size, algorithm="bpe", min_frequency=2, token_t
             if text and not text.isspace():
                 seen[0] += 1
                 yield text
-        if algorithm == "wordpiece":
-            yield _every_byte_inside_a_word()
 
     tokenizer.train_from_iterator(counted(), trainer)
     if not seen[0]:
@@ -109,7 +102,8 @@ def train_tokenizer(texts, vocab_size, algorithm="bpe", min_frequency=2, token_t
     special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.Sequence(
         [
-            processors.ByteLevel(trim_offsets=True),  # the offsets of " word" are those of "word"
+            # The offsets of " word" are those of "word", at the beginning of a text or window too.
+            processors.ByteLevel(trim_offsets=True, add_prefix_space=False),
             processors.TemplateProcessing(
                 single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
             ),
@@ -188,8 +182,9 @@ def bytes_of_tokens(tokenizer, vocab_size):
     """(vocab_size,) int64: how many bytes of text each id stands for; 0 for special tokens and unused ids."""
     sizes = np.zeros(vocab_size, dtype=np.int64)
     byte_level = is_byte_level(tokenizer)
+    continuing = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None) or ""
     for token, number in tokenizer.get_vocab().items():
-        piece = token.removeprefix("##")
+        piece = token.removeprefix(continuing)
         sizes[number] = len(piece) if byte_level else len(piece.removeprefix("▁").encode())
     sizes[tokenizer.all_special_ids] = 0
     return sizes

@@ -84,7 +84,7 @@ class Frame:
 
 
 def uses_token_types(tokenizer, config):
-    return "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 2) > 0
+    return "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 2) > 1
 
 
 def cut_into_windows(ids, size, long_texts="split", where="A text"):
