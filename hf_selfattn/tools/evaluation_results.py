@@ -1,0 +1,126 @@
+"""Results that are kept one by one in a file, what identifies a model, and the tables made of them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from .blimp import PHENOMENA, PUBLISHED
+from .card import shown, table
+
+FILES_OF_A_MODEL = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "vocab*", "merges.txt", "*.model")
+
+
+class Results:
+    """Results in a file of JSON lines `{"key": …, "result": …}`; each is on the disk as soon as it is known.
+
+    A result is found by its key, a dict of JSON values with everything that it depends on.
+
+    Args:
+        path: of the file, which is made where it is not there. A line that was cut off by a kill is removed.
+
+    Raises:
+        ValueError: another line is no result.
+    """
+
+    def __init__(self, path):
+        self.path, self.known = Path(path), {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        whole, _, cut_off = self.path.read_bytes().rpartition(b"\n")
+        if cut_off:
+            os.truncate(self.path, len(whole) + bool(whole))
+        for number, line in enumerate(filter(None, whole.split(b"\n")), 1):
+            try:
+                record = json.loads(line)
+                self.known[self._name(record["key"])] = record["result"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}, line {number}, is no result ({error}). Delete the line, or pass another "
+                    "--output_dir."
+                ) from error
+
+    @staticmethod
+    def _name(key):
+        return json.dumps(key, sort_keys=True)
+
+    def __contains__(self, key):
+        return self._name(key) in self.known
+
+    def __getitem__(self, key):
+        return self.known[self._name(key)]
+
+    def __setitem__(self, key, result):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.known[self._name(key)] = result
+
+
+def identity_of_model(name, weights=True, trust_remote_code=False):
+    """SHA-256 of a folder's configuration, tokenizer and (with `weights`) weights; of a name on the Hub its commit."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)._commit_hash
+    patterns = [x for x in FILES_OF_A_MODEL if weights or not x.endswith((".safetensors", ".bin"))]
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def percent(share):
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def masked_table(of_models):
+    """Of {model: {"masked_tokens": …, "masked_words": …}}. Losses of tokens compare models with one tokenizer."""
+    rows = []
+    for part, unit in (("masked_tokens", "token"), ("masked_words", "word")):
+        found = [scores[part] for scores in of_models.values()]
+        rows += [
+            [f"nats a masked {unit}", *(f"{scores['loss']:.3f}" for scores in found)],
+            [f"masked {unit}s right, %", *(percent(scores["accuracy"]) for scores in found)],
+            [f"bits per byte of masked {unit}s", *(f"{scores['bits_per_byte']:.3f}" for scores in found)],
+            [f"masked {unit}s", *(shown(scores[f"{unit}s"]) for scores in found)],
+        ]
+    return table(["", *of_models], rows)
+
+
+def blimp_table(of_models, paradigms=False):
+    """Accuracies in %, of {model: blimp_metrics}, overall and by phenomenon beside published ones, or by paradigm."""
+    scores = [of_model["blimp"] for of_model in of_models.values()]
+    if paradigms:
+        names = sorted({name for of_model in scores for name in of_model["paradigms"]})
+        return table(["", *of_models], [[n, *(percent(x["paradigms"].get(n)) for x in scores)] for n in names])
+    rows = [["overall", *(percent(of_model["accuracy"]) for of_model in scores)]]
+    rows += [[n.replace("_", " "), *(percent(x["phenomena"].get(n)) for x in scores)] for n in PHENOMENA]
+    published = [[*figures, *[""] * (len(rows) - len(figures))] for figures in PUBLISHED.values()]
+    rows = [[*row, *figures] for row, *figures in zip(rows, *published, strict=True)]
+    return table(["", *of_models, *PUBLISHED], rows)
+
+
+def suite_table(suite):
+    """Medians over seeds in %, with the lowest and the highest, of {task: {"metric", "models", "baselines"}}."""
+    models = list(dict.fromkeys(name for task in suite.values() for name in task["models"]))
+
+    def cell(scores):
+        if scores is None:
+            return ""
+        spread = f" ({percent(scores['lowest'])} to {percent(scores['highest'])})" if len(scores["values"]) > 1 else ""
+        return percent(scores["median"]) + spread
+
+    rows = []
+    for name, task in suite.items():
+        baselines = ", ".join(f"{other.replace('_', ' ')} {percent(x)}" for other, x in task["baselines"].items())
+        rows.append(
+            [name, task["metric"].replace("_", " "), *(cell(task["models"].get(m)) for m in models), baselines]
+        )
+    everywhere = [all(m in task["models"] for task in suite.values()) for m in models]
+    means = [sum(task["models"][m]["median"] for task in suite.values()) / len(suite) if there else None
+             for m, there in zip(models, everywhere, strict=True)]  # fmt: skip
+    return table(["", "metric", *models, "baselines"], [*rows, ["mean", "", *map(percent, means), ""]])

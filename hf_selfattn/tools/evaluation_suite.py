@@ -1,0 +1,213 @@
+"""Fine-tuning on a suite of tasks: each model, task and seed once, medians over the seeds, baselines beside them.
+
+A task is a recipe of finetune.py in a folder, named by its file. The model at the end of the training is judged on the
+validation data, and no epoch is chosen by them. Every model gets the same recipe and, by seed, the same examples in
+the same order.
+"""
+
+import shutil
+import statistics
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+from sklearn.feature_extraction.text import TfidfVectorizer
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForMaskedLM, set_seed
+
+from .baselines import majority_prediction, tfidf_predictions
+from .labels import names_in
+from .opening import parse_overrides
+from .recipes import nearest, read_recipe
+from .scoring import score
+from .tokenizer import open_tokenizer, save_tokenizer
+
+METRICS = {"cola": "matthews_correlation", "stsb": "spearmanr"}
+"""By which metric a task is reported, where it is not the usual one of its kind."""
+METRIC_OF_KIND = {"text-classification": "accuracy", "text-regression": "pearsonr", "token-classification": "accuracy",
+                  "question-answering": "f1", "multiple-choice": "accuracy"}  # fmt: skip
+
+
+class SuiteModel(NamedTuple):
+    """A model of the comparison.
+
+    Attributes:
+        label: what it is called.
+        path: the checkpoint, or (with `from_scratch`) where configuration and tokenizer come from.
+        identity: `identity_of_model`.
+        from_scratch: whether training begins with fresh weights.
+    """
+
+    label: str
+    path: str
+    identity: str
+    from_scratch: bool = False
+
+
+def read_suite(folder, names=None, data=None, overrides=None):
+    """{task: recipe} of the recipes in a folder.
+
+    Args:
+        names: tasks to keep; None: all.
+        data: a folder with a data set for each task, by its name, in the place of those on the Hub.
+        overrides: "name=value,name=value", for all recipes.
+
+    Raises:
+        FileNotFoundError: no recipe in the folder, no data set of a task in `data`.
+        ValueError: an unknown task; a recipe without a kind of task; an override of what the suite decides.
+    """
+    recipes = {path.stem: read_recipe(path) for path in sorted(Path(folder).glob("*.yaml"))}
+    if not recipes:
+        raise FileNotFoundError(f"--suite_recipes {str(folder)!r} holds no recipe (*.yaml). Pass a folder that does.")
+    for name in names or ():
+        if name not in recipes:
+            raise ValueError(f"--suite_tasks are {', '.join(recipes)}, got {name!r}.{nearest(name, recipes)}")
+    changes = parse_overrides(overrides)
+    for name in ("seed", "model_name_or_path", "output_dir"):
+        if name in changes:
+            raise ValueError(f"--suite_overrides: the suite sets {name!r} itself for each run. Leave it out.")
+    suite = {}
+    for name in names or recipes:
+        recipe = {**recipes[name], **changes}
+        if recipe.get("task") not in METRIC_OF_KIND:
+            raise ValueError(
+                f"A recipe of the suite says its task, one of {', '.join(METRIC_OF_KIND)}; {name!r} has "
+                f"{recipe.get('task')!r}."
+            )
+        if data is not None:
+            path = Path(data, name)
+            if not path.is_dir():
+                raise FileNotFoundError(
+                    f"--suite_data holds a folder for each task, and {str(path)!r} is none. Leave {name} out with "
+                    "--suite_tasks, or --suite_data for data sets from the Hub."
+                )
+            recipe = {**recipe, "dataset_name": str(path.resolve()), "dataset_config_name": None}
+        suite[name] = recipe
+    return suite
+
+
+def metric_of(task, recipe):
+    return METRICS.get(task, METRIC_OF_KIND[recipe["task"]])
+
+
+def fresh_weights(model, seed, folder, **code):
+    """A checkpoint with new weights, drawn by the seed, in the configuration of `model`; returns its path."""
+    path = Path(folder, f"from-scratch-seed-{seed}")
+    set_seed(seed)
+    config = AutoConfig.from_pretrained(model.path, **code)
+    AutoModelForMaskedLM.from_config(config, **code).save_pretrained(path)
+    save_tokenizer(open_tokenizer(model.path, **code), path)
+    return str(path)
+
+
+def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=True):
+    """Fine-tunes every model on every task with every seed, and writes each result as soon as it is there.
+
+    Args:
+        finetune: the script's `main([recipe file])`, which returns the scores of the validation data.
+        baselines: function of a recipe file that returns {name: score}.
+        suite: of `read_suite`.
+        models: list of SuiteModel.
+        results: evaluation_results.Results; what is in it is not done again.
+        folder: where recipes of the runs are written (`finetune.py RECIPE` repeats one); models are deleted.
+
+    Returns:
+        {task: {"metric", "models": {label: {"values", "median", "lowest", "highest"}}, "baselines"}}, scores from 0
+        (correlations: -1) to 1.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {task: {"metric": metric_of(task, recipe), "models": defaultdict(list)} for task, recipe in suite.items()}
+    runs = [(seed, task, model) for seed in seeds for task in suite for model in models]
+    for seed, task, model in tqdm(runs, desc="fine-tuning", unit=" runs", disable=not show):
+        key = {"part": "suite", "task": task, "seed": seed, "model": model.label, "identity": model.identity,
+               "recipe": suite[task]}  # fmt: skip
+
+        if key not in results:
+            scores = _fine_tuned(finetune, suite[task], task, model, seed, folder)
+            results[key] = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+        value = results[key][f"eval_{found[task]['metric']}"]
+        value /= 100 if suite[task]["task"] == "question-answering" else 1
+        found[task]["models"][model.label].append(value)
+    for task, scores in found.items():
+        scores["models"] = {label: _spread(values) for label, values in scores["models"].items()}
+        key = {"part": "baselines", "task": task, "recipe": suite[task]}
+        if key not in results:
+            results[key] = baselines(_write_recipe(folder / f"{task}-baselines.yaml", suite[task]))
+        scores["baselines"] = results[key]
+    return found
+
+
+def _spread(values):
+    return {"values": values, "median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def _write_recipe(path, recipe):
+    recipe = {name: value for name, value in recipe.items() if value is not None}
+    recipe.setdefault("output_dir", str(path.with_suffix("")))
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return str(path)
+
+
+def _fine_tuned(finetune, recipe, task, model, seed, folder):
+    code = {"trust_remote_code": recipe.get("trust_remote_code", False)}
+    start = fresh_weights(model, seed, folder, **code) if model.from_scratch else model.path
+    output = folder / f"{task}-{model.identity[:8]}-seed-{seed}"
+    own = {"model_name_or_path": start, "seed": seed, "output_dir": str(output), "overwrite_output_dir": True}
+    try:
+        return finetune([_write_recipe(folder / f"{output.name}.yaml", {**recipe, **own})])
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+        if model.from_scratch:
+            shutil.rmtree(start, ignore_errors=True)
+
+
+def suite_baselines(task, train, validation, metric):
+    """{name: score} of what a model has to beat on a task (of finetune.py), by the same metric.
+
+    Labels of texts: the commonest, and logistic regression on TF-IDF. Numbers for pairs: the cosine of their TF-IDF
+    vectors (not trained). Labels of words: the commonest, and the commonest of each word. Others have none.
+    """
+    if task.name == "text-classification" and not task.multi_label:
+        labels, wanted = np.array(task.targets(train)), np.array(task.targets(validation))
+        texts, others = (_joined(task, rows) for rows in (train, validation))
+        predictions = {
+            "majority": np.full(len(wanted), majority_prediction(labels)),
+            "tfidf_logistic_regression": tfidf_predictions(texts, labels, others),
+        }
+        compute = task.compute_metrics(validation, {"example": np.arange(len(wanted))})
+        one_hot = np.eye(len(task.label_names))
+        return {name: compute(SimpleNamespace(predictions=one_hot[p]))[metric] for name, p in predictions.items()}
+    if task.name == "text-regression" and len(task.text_columns) == 2:
+        vectorizer = TfidfVectorizer(sublinear_tf=True).fit(list(task.texts(train)))
+        sides = [vectorizer.transform([text or "" for text in validation[column]]) for column in task.text_columns]
+        cosine = np.asarray(sides[0].multiply(sides[1]).sum(1)).reshape(-1)
+        return {"tfidf_cosine": score(metric, cosine, task.targets(validation))[metric]}
+    if task.name == "token-classification" and metric == "accuracy":
+        return _word_baselines(task, train, validation)
+    return {}
+
+
+def _joined(task, rows):
+    return [" ".join(str(row[column] or "") for column in task.text_columns) for row in rows]
+
+
+def _word_baselines(task, train, validation):
+    def words_and_labels(rows):
+        for words, labels in zip(rows[task.word_column], names_in(rows, task.label_column), strict=True):
+            yield from zip(words, labels, strict=True)
+
+    of_word, overall = defaultdict(Counter), Counter()
+    for word, label in words_and_labels(train):
+        of_word[word][label] += 1
+        overall[label] += 1
+    commonest = overall.most_common(1)[0][0]
+    best = {word: counts.most_common(1)[0][0] for word, counts in of_word.items()}
+    pairs = list(words_and_labels(validation))
+    return {
+        "majority": sum(label == commonest for _, label in pairs) / len(pairs),
+        "commonest_of_each_word": sum(label == best.get(word, commonest) for word, label in pairs) / len(pairs),
+    }

@@ -1,0 +1,129 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .train_scripts import (
+    ROOT,
+    environment,
+    script,
+    sentences,
+    tiny_model_folder,
+    write_rows,
+    write_texts,
+)
+
+
+@pytest.fixture
+def evaluate(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "train"))  # as it is when the script is run
+    return script("evaluate_models")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Options that name small data for each part."""
+    pairs = [{"sentence_good": good, "sentence_bad": " ".join(reversed(good.split())), "UID": f"p{i % 2}",
+              "linguistics_term": "binding"} for i, good in enumerate(sentences(6))]  # fmt: skip
+    (tmp_path / "pairs").mkdir()
+    write_rows(tmp_path / "pairs" / "pairs.jsonl", pairs)
+    rows = [{"text": text, "label": int("apples" in text or "苹果" in text)} for text in sentences(60)]
+    for task in ("first", "second"):
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
+        write_rows(folder / "train.jsonl", rows[:40])
+        write_rows(folder / "validation.jsonl", rows[40:])
+        (tmp_path / f"{task}.yaml").write_text(
+            "task: text-classification\ndataset_name: a/name\nlabel_column: label\neval_strategy: 'no'\n"
+            "save_strategy: 'no'\nload_best_model_at_end: false\nmax_steps: 2\nreport_to: none\nuse_cpu: true\n"
+            "bf16: false\ndisable_tqdm: true\n"
+        )
+    options = {
+        "validation_file": write_texts(tmp_path / "text.txt", sentences(30, seed=7)),
+        "blimp": tmp_path / "pairs",
+        "suite_recipes": tmp_path,
+        "suite_data": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_all_parts_of_a_model_and_one_from_scratch(evaluate, files, tmp_path, monkeypatch, capsys):
+    command = [*files, "--model_name_or_path", tiny_model_folder(), "--parts", "masked_lm", "blimp", "suite",
+               "--from_scratch", "--num_seeds", "2", "--disable_tqdm"]  # fmt: skip
+    trained, main = [], evaluate.finetune
+
+    def killed(argv):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(argv)
+        return main(argv)
+
+    monkeypatch.setattr(evaluate, "finetune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command)
+    monkeypatch.setattr(evaluate, "finetune", lambda argv: trained.append(argv) or main(argv))
+    found = evaluate.main(command)
+    assert len(trained) == 8
+    name = tiny_model_folder()
+    assert set(found["models"][name]) == {"masked_tokens", "masked_words", "blimp"}
+    assert found["models"][name]["blimp"]["pairs"] == 6
+    for task in ("first", "second"):
+        assert found["suite"][task]["metric"] == "accuracy"
+        assert list(found["suite"][task]["models"]) == [name, f"{name} from scratch"]
+        assert all(len(of_model["values"]) == 2 for of_model in found["suite"][task]["models"].values())
+        assert set(found["suite"][task]["baselines"]) == {"majority", "tfidf_logistic_regression"}
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["suite"] == found["suite"]
+    tables = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "| nats a masked word |" in tables
+    assert "| p0 |" in tables
+    assert "| nats a masked word |" in capsys.readouterr().out
+
+    def nothing(*args, **kwargs):
+        raise AssertionError("all of it is known")
+
+    for step in ("finetune", "open_masked_lm", "baselines_of"):
+        monkeypatch.setattr(evaluate, step, nothing)
+    assert evaluate.main(command)["models"] == found["models"]
+
+
+def test_another_text_or_seed_is_measured_again(evaluate, files):
+    command = [*files, "--model_name_or_path", tiny_model_folder(), "--parts", "masked_lm", "--disable_tqdm"]
+    first, other, fewer, again = (evaluate.main([*command, *options])["models"][tiny_model_folder()]
+                                  for options in ([], ["--seed", "1"], ["--max_eval_samples", "9"], []))  # fmt: skip
+    assert first == again
+    assert other["masked_words"]["loss"] != first["masked_words"]["loss"]
+    assert fewer["masked_tokens"]["tokens"] < first["masked_tokens"]["tokens"]
+
+
+def test_what_is_missing_is_said_before_anything_is_measured(evaluate, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_masked_lm", None)
+    command = [*files, "--model_name_or_path", tiny_model_folder(), "--parts", "masked_lm", "suite"]
+    with pytest.raises(ValueError, match="--suite_tasks are first, second, got 'third'"):
+        evaluate.main([*command, "--suite_tasks", "third"])
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        evaluate.main([*command, "--validation_file", str(tmp_path / "nothing.txt")])
+    with pytest.raises(ValueError, match=r"no column 'texts'. Columns there: text. Did you mean 'text'"):
+        evaluate.main([*command, "--text_column", "texts"])
+
+
+def test_the_recipes_of_the_suite(evaluate):
+    suite = evaluate.read_suite(evaluate.RECIPES)
+    assert set(suite) == {"sst2", "cola", "mrpc", "rte", "stsb", "ud_english_ewt", "squad", "zh_waimai"}
+    classes = [evaluate.SourceArguments, evaluate.ModelArguments, evaluate.TaskArguments, evaluate.FinetuningArguments]
+    for name in suite:
+        recipe = str(Path(evaluate.RECIPES, f"{name}.yaml"))
+        *_, training = evaluate.parse_arguments(classes, [recipe, "--output_dir", "out"])
+        assert (training.eval_strategy, training.save_strategy) == ("no", "no")
+        assert not training.load_best_model_at_end
+
+
+def test_the_command(files, tmp_path):
+    command = [sys.executable, "train/evaluate_models.py", "--model_name_or_path", tiny_model_folder(), *files]
+    run = subprocess.run([*command, "--parts", "blimp"], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                         check=True)  # fmt: skip
+    assert "| overall |" in run.stdout
+    assert "BLiMP: 100%" in run.stderr
+    assert (tmp_path / "out" / "evaluation.json").is_file()

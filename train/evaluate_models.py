@@ -1,0 +1,155 @@
+r"""Evaluate masked language models, side by side: ours, or any of transformers.
+
+    python train/evaluate_models.py --model_name_or_path runs/mine google-bert/bert-base-cased --output_dir runs/scores
+    python train/evaluate_models.py --model_name_or_path runs/mine --output_dir runs/scores --parts masked_lm \
+        --validation_file held_out.txt
+    python train/evaluate_models.py --model_name_or_path runs/mine --output_dir runs/scores --parts blimp \
+        --max_pairs_per_paradigm 100 --dtype bfloat16
+    python train/evaluate_models.py --model_name_or_path runs/mine runs/other --output_dir runs/scores --parts suite \
+        --from_scratch
+
+Parts: masked_lm (loss, accuracy and bits per byte on a fixed text with fixed masks), blimp (grammar, by
+pseudo-log-likelihood), suite (fine-tuning on the recipes of train/recipes/suite, three seeds). A recipe is a flat YAML
+file of the same options; the command line wins. Tables are printed and written to evaluation.md, all numbers to
+evaluation.json. What is done stands in results.jsonl: the same command goes on where it was stopped.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from finetune import FinetuningArguments, make_task, sampled
+from finetune import main as finetune
+from transformers.utils import logging
+
+import hf_selfattn  # noqa: F401  registers the model with the Auto classes
+from hf_selfattn.tools.blimp import PUBLISHED, blimp_metrics, first_of_each_paradigm, load_blimp
+from hf_selfattn.tools.card import hash_of_rows
+from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm
+from hf_selfattn.tools.evaluation_masked import masked_token_metrics, masked_word_metrics
+from hf_selfattn.tools.evaluation_results import Results, blimp_table, identity_of_model, masked_table, suite_table
+from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite, suite_baselines
+from hf_selfattn.tools.fast_defaults import accelerator_available, keep_memory
+from hf_selfattn.tools.opening import ModelArguments
+from hf_selfattn.tools.recipes import parse_arguments, read_recipe
+from hf_selfattn.tools.run_record import git_commit, versions
+from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
+from hf_selfattn.tools.tasks import TaskArguments
+
+RECIPES = Path(__file__).parent / "recipes" / "suite"
+TEXT = {"dataset_name": "Salesforce/wikitext", "dataset_config_name": "wikitext-2-raw-v1"}
+
+
+def read_texts(arguments):
+    """The Dataset of masked_lm's documents, with one column `text`."""
+    named = {"dataset_name": arguments.dataset_name, "dataset_config_name": arguments.dataset_config_name}
+    if arguments.dataset_name is None and not arguments.validation_file:
+        named = TEXT
+    source = SourceArguments(
+        **named,
+        train_file=arguments.validation_file,
+        train_split="train" if arguments.validation_file else arguments.validation_split,
+        text_unit=arguments.text_unit,
+    )
+    rows = load_source(source, evaluate=False)["train"]
+    column = find_text_column(rows, arguments.text_column)
+    rows = take(rows, arguments.max_eval_samples, arguments.seed)
+    return rows.select_columns([column]).rename_columns({} if column == "text" else {column: "text"})
+
+
+def without_training(arguments, data, results):
+    """{model: scores} of the parts masked_lm and blimp."""
+    how = {"dtype": DTYPES[arguments.dtype], "tokens_per_batch": arguments.tokens_per_batch}
+    if arguments.disable_tqdm:
+        how["progress"] = None
+    masks = {"mlm_probability": arguments.mlm_probability, "seed": arguments.seed}
+    measures = {}
+    if "masked_lm" in data:
+        texts = data["masked_lm"]["text"][:]
+        tokens, words = {"max_seq_length": arguments.max_seq_length}, {"window_bytes": arguments.window_bytes}
+        measures["masked_tokens"] = (masked_token_metrics, "masked_lm", texts, {**masks, **tokens})
+        measures["masked_words"] = (masked_word_metrics, "masked_lm", texts, {**masks, **words})
+    if "blimp" in data:
+        measures["blimp"] = (blimp_metrics, "blimp", data["blimp"], {})
+    hashes = {part: hash_of_rows(rows) for part, rows in data.items()}
+    scores = {}
+    for name in arguments.model_name_or_path:
+        about = {"model": name, "identity": identity_of_model(name, trust_remote_code=arguments.trust_remote_code)}
+        opened, scores[name] = None, {}
+        for measure, (function, part, rows, options) in measures.items():
+            key = {"part": measure, **about, "data": hashes[part], "dtype": arguments.dtype, **options}
+            if key not in results:
+                opened = opened or open_for(name, arguments)
+                results[key] = function(*opened, rows, **options, **how)
+            scores[name][measure] = results[key]
+    return scores
+
+
+def open_for(name, arguments):
+    model, tokenizer = open_masked_lm(
+        ModelArguments(model_name_or_path=name, attn_implementation=arguments.attn_implementation,
+                       trust_remote_code=arguments.trust_remote_code)
+    )  # fmt: skip
+    device = torch.accelerator.current_accelerator() if accelerator_available() else "cpu"
+    return model.to(device), tokenizer
+
+
+def baselines_of(recipe):
+    """{name: score} on the task of a finished recipe file."""
+    source, _, options, training = parse_arguments(
+        [SourceArguments, ModelArguments, TaskArguments, FinetuningArguments], [recipe]
+    )
+    splits = load_source(source, training.seed)
+    task = make_task(options, splits)
+    splits = sampled(splits, source, training.seed)
+    metric = metric_of(Path(recipe).stem.removesuffix("-baselines"), read_recipe(recipe))
+    return suite_baselines(task, splits["train"], splits["validation"], metric)
+
+
+def fine_tuning(arguments, suite, results):
+    code = {"trust_remote_code": arguments.trust_remote_code}
+    names = arguments.model_name_or_path
+    models = [SuiteModel(name, name, identity_of_model(name, **code)) for name in names]
+    if arguments.from_scratch:
+        fresh = identity_of_model(names[0], weights=False, **code)
+        models.append(SuiteModel(f"{names[0]} from scratch", names[0], fresh, from_scratch=True))
+    seeds = range(arguments.seed, arguments.seed + arguments.num_seeds)
+    folder = Path(arguments.output_dir, "suite")
+    return run_suite(finetune, baselines_of, suite, models, seeds, results, folder, not arguments.disable_tqdm)
+
+
+def main(argv=None):
+    (arguments,) = parse_arguments([EvaluationArguments], argv, __doc__)
+    logging.set_verbosity_error()
+    keep_memory()
+    # All data are read before the first model, so that what is not there is said at once.
+    data = {"masked_lm": read_texts(arguments)} if "masked_lm" in arguments.parts else {}
+    if "blimp" in arguments.parts:
+        data["blimp"] = first_of_each_paradigm(load_blimp(arguments.blimp), arguments.max_pairs_per_paradigm)
+    suite = {}
+    if "suite" in arguments.parts:
+        overrides = ",".join(
+            filter(None, [arguments.suite_overrides, "trust_remote_code=True" * arguments.trust_remote_code])
+        )
+        suite = read_suite(arguments.suite_recipes or RECIPES, arguments.suite_tasks, arguments.suite_data, overrides)
+    folder = Path(arguments.output_dir)
+    results = Results(folder / "results.jsonl")
+    scores = without_training(arguments, data, results)
+    suite = fine_tuning(arguments, suite, results) if suite else {}
+    tables = [masked_table(scores)] if "masked_lm" in data else []
+    tables += [blimp_table(scores)] if "blimp" in data else []
+    tables += [suite_table(suite)] if suite else []
+    paradigms = [blimp_table(scores, paradigms=True)] if "blimp" in data else []
+    (folder / "evaluation.md").write_text("\n\n".join([*tables, *paradigms]) + "\n", encoding="utf-8")
+    found = {"models": scores, "suite": suite, "published_blimp": PUBLISHED, "command": shlex.join(sys.argv),
+             "arguments": vars(arguments), "versions": versions(), "commit": git_commit()}  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("\n\n".join(tables))
+    print(f"\nWritten to {folder}: evaluation.json, evaluation.md.")
+    return found
+
+
+if __name__ == "__main__":
+    main()
