@@ -1,23 +1,41 @@
 """The README's Python runs as written, and its tables are those of the code."""
 
-import re
+import shutil
 from pathlib import Path
 
-from hf_selfattn import PATTERNS
 from hf_selfattn.tools.tables import write_tables
+
+from .hub_server import Hub
+from .test_hub import USER, run
+from .train_scripts import ROOT, tiny_model_folder
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_snippets_run_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(PATTERNS, "even_odd", raising=False)
-    names = {"__name__": "readme"}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 4
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
-    PATTERNS.pop("even_odd")
+def python_of(text: str) -> tuple[str, int]:
+    """(all Python blocks as one script, each line where it stands in the text; how many blocks there are)."""
+    lines, inside, blocks = [], False, 0
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            blocks += inside
+            line = ""
+        lines.append(line if inside else "")
+    return "\n".join(lines), blocks
+
+
+def test_snippets_run_in_order(tmp_path):
+    """In one process, beside a `runs/quickstart`, with a Hub that knows `you`."""
+    code, blocks = python_of(README.read_text(encoding="utf-8"))
+    assert blocks >= 10
+    shutil.copytree(tiny_model_folder(), tmp_path / USER / "runs" / "quickstart")
+    (tmp_path / USER / "readme.py").write_text(code, encoding="utf-8")
+    hub = Hub({"hf_of_you": "you"})
+    with hub.serve() as endpoint:
+        run(["readme.py"], endpoint, tmp_path, PYTHONPATH=str(ROOT), HF_TOKEN="hf_of_you")
+    assert {"config.json", "model.safetensors", "modeling_selfattn.py", "tokenizer.json"} <= set(
+        hub.repositories["you/your-encoder"].files("main")
+    )
 
 
 def test_tables_are_those_of_the_code():
