@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .option_names import refuse_misspelt
+from .option_names import AbsentWhileNone, MayLackOptions, refuse_misspelt
 from .parallel import tensor_parallel_plan
 from .patterns import PATTERNS, layer_patterns
 from .positions import POSITIONS
@@ -26,7 +26,7 @@ AUTO_MAP = {
 
 
 @strict
-class SelfAttnConfig(PreTrainedConfig):
+class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
     """Configuration of a `SelfAttn…` model.
 
     Types are checked on every assignment; combinations when the config is made, saved or loaded, and when a model is
@@ -44,7 +44,7 @@ class SelfAttnConfig(PreTrainedConfig):
             that rounded up to a multiple of 64, for the same number of parameters.
         embedding_size: width of the token vectors, projected to hidden_size where it differs; None: hidden_size.
         type_vocab_size: the number of token types (sentence A, sentence B); 0: none.
-        max_position_embeddings: the number of learned positions; for others, what texts are cut to. None: any length.
+        max_position_embeddings: learned positions; for others, what texts are cut to. None (no attribute): any length.
 
     Attention:
         score_function: a row of SCORES.
@@ -123,7 +123,7 @@ class SelfAttnConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     embedding_size: int | None = None
     type_vocab_size: int = 0
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = AbsentWhileNone()
 
     score_function: str = "scaled_dot_product"
     attention_pattern: str | list[str] = "full"
@@ -244,7 +244,7 @@ class SelfAttnConfig(PreTrainedConfig):
 
     def _check_sizes(self):
         for name in _SIZES:
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.type_vocab_size < 0:

@@ -223,7 +223,7 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(None if x is None else packing.unpack(x) for x in outputs.hidden_states)
         if return_packing:
-            return outputs, packing
+            return outputs, packing.to(outputs.last_hidden_state.device)
         outputs.last_hidden_state = packing.unpack(outputs.last_hidden_state)
         return outputs
 
@@ -299,11 +299,10 @@ class SelfAttnModel(SelfAttnPreTrainedModel):
         # Reading values from another device would wait for it.
         if input_ids.device.type == "cpu" and input_ids.numel() and values_can_be_read(input_ids):
             low, high = (int(x) for x in input_ids.aminmax())
-            if low < 0 or high >= self.embed_tokens.num_embeddings:
+            if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
-                    f"input_ids must be from 0 to {self.embed_tokens.num_embeddings - 1} (vocab_size - 1), got ids "
-                    f"from {low} to {high}. Use the model's own tokenizer, or model.resize_token_embeddings("
-                    "len(tokenizer))."
+                    f"input_ids must be from 0 to {self.config.vocab_size - 1} (vocab_size - 1), got ids from {low} "
+                    f"to {high}. Use the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer))."
                 )
         return input_ids
 

@@ -56,11 +56,30 @@ class TextHead(nn.Module):
         return self.activation(self.dense(self.dropout(pooled)))
 
 
-def make_head(config, of_texts: bool) -> nn.Module:
-    """The layer before a classifier, in the form of `head_type`: of whole texts, or of tokens."""
-    if config.head_type == "modernbert":
-        return PredictionHead(config, config.hidden_size)
-    return TextHead(config) if of_texts else nn.Identity()
+class Classifier(nn.Module):
+    """What a classifier has above the encoder: the layer that `head_type` has there, dropout, and a linear layer.
+
+    All of it is new where the task is new. It is one module, as in RoBERTa, since PEFT trains and saves what is new by
+    the names `classifier` and `qa_outputs`.
+
+    Args:
+        config: a SelfAttnConfig.
+        num_outputs: the width of what comes out.
+        of_texts: whether it reads one vector for each text, or one for each token.
+    """
+
+    def __init__(self, config, num_outputs: int, of_texts: bool):
+        super().__init__()
+        if config.head_type == "modernbert":
+            self.head = PredictionHead(config, config.hidden_size)
+        else:
+            self.head = TextHead(config) if of_texts else nn.Identity()
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.hidden_size, num_outputs)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(…, D) to (…, num_outputs)."""
+        return self.out_proj(self.dropout(self.head(hidden_states)))
 
 
 def pool(hidden_states: torch.Tensor, packing: Packing, pooling: str) -> torch.Tensor:
@@ -176,9 +195,7 @@ class SelfAttnForSequenceClassification(SelfAttnPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = SelfAttnModel(config)
-        self.head = make_head(config, of_texts=True)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = Classifier(config, config.num_labels, of_texts=True)
         self.post_init()
 
     @can_return_tuple
@@ -196,7 +213,7 @@ class SelfAttnForSequenceClassification(SelfAttnPreTrainedModel):
         """
         outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
         pooled = pool(outputs.last_hidden_state, packing, self.config.pooling)
-        logits = self.classifier(self.dropout(self.head(pooled)))
+        logits = self.classifier(pooled)
         loss = None
         if labels is not None:
             problem = self.config.problem_type or _problem_type(self.num_labels, labels)
@@ -213,9 +230,7 @@ class SelfAttnForTokenClassification(SelfAttnPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = SelfAttnModel(config)
-        self.head = make_head(config, of_texts=False)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = Classifier(config, config.num_labels, of_texts=False)
         self.post_init()
 
     @can_return_tuple
@@ -230,7 +245,7 @@ class SelfAttnForTokenClassification(SelfAttnPreTrainedModel):
             `loss` and `logits` (B, N, num_labels), 0 at padding.
         """
         outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
-        logits = self.classifier(self.dropout(self.head(outputs.last_hidden_state)))
+        logits = self.classifier(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             check_labels(labels, packing.shape)
@@ -251,9 +266,7 @@ class SelfAttnForQuestionAnswering(SelfAttnPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = SelfAttnModel(config)
-        self.head = make_head(config, of_texts=False)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.qa_outputs = Classifier(config, 2, of_texts=False)
         self.post_init()
 
     @can_return_tuple
@@ -267,7 +280,7 @@ class SelfAttnForQuestionAnswering(SelfAttnPreTrainedModel):
             `loss`, `start_logits` and `end_logits` (B, N), 0 at padding.
         """
         outputs, packing = self.model(input_ids, attention_mask, return_packing=True, **_as_dict(kwargs))
-        logits = packing.unpack(self.qa_outputs(self.dropout(self.head(outputs.last_hidden_state))))
+        logits = packing.unpack(self.qa_outputs(outputs.last_hidden_state))
         start_logits, end_logits = (side.squeeze(-1).contiguous() for side in logits.split(1, dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -287,9 +300,7 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = SelfAttnModel(config)
-        self.head = make_head(config, of_texts=True)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.choice_output = nn.Linear(config.hidden_size, 1)
+        self.choice_output = Classifier(config, 1, of_texts=True)
         self.post_init()
 
     @can_return_tuple
@@ -332,7 +343,7 @@ class SelfAttnForMultipleChoice(SelfAttnPreTrainedModel):
                 f"Multiple choice has one text for each choice, got {len(pooled)} documents in {packing.shape[0]} "
                 "rows (position_ids or cu_seq_lens_q say so). Pass one document in each row, with an attention_mask."
             )
-        logits = self.choice_output(self.dropout(self.head(pooled))).view(given.shape[:2])
+        logits = self.choice_output(pooled).view(given.shape[:2])
         return MultipleChoiceModelOutput(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,

@@ -1,6 +1,7 @@
-"""Misspelt options of a config: transformers would accept and store them."""
+"""Options of a config by their names: misspelt ones, which transformers would accept and store, and absent ones."""
 
 import difflib
+import inspect
 from dataclasses import fields
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -60,3 +61,49 @@ def refuse_misspelt(cls: type[PreTrainedConfig], options: dict) -> None:
                 f"{cls.__name__} has no option {name!r}, got {name}={options[name]!r}. "
                 f"Did you mean {' or '.join(map(repr, nearest))}?"
             )
+
+
+class AbsentWhileNone:
+    """An option that a config does not have while it is None, as it is by default. For `MayLackOptions`.
+
+    Libraries that ask `hasattr(config, "max_position_embeddings")` take what they find for a number.
+    """
+
+    def __set_name__(self, cls, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config, cls=None):
+        if config is None:  # asked of the class: the default
+            return None
+        if self.name not in vars(config):
+            raise AttributeError(
+                f"{type(config).__name__} has no {self.name}: there is no limit. Set one, or ask for "
+                f"getattr(config, {self.name!r}, None)."
+            )
+        return vars(config)[self.name]
+
+    def __set__(self, config, value) -> None:
+        vars(config).pop(self.name, None)
+        if value is not None:
+            vars(config)[self.name] = value
+
+
+class MayLackOptions:
+    """What a config with an option that is `AbsentWhileNone` does as if it were there."""
+
+    def __init_subclass__(cls, **kwargs):
+        cls.__eq__ = MayLackOptions.__eq__  # a dataclass would make one that asks for the attribute
+        super().__init_subclass__(**kwargs)
+
+    def __eq__(self, other) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, x.name, None) == getattr(other, x.name, None) for x in fields(self))
+
+    __hash__ = None
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, which by itself overrides only attributes that are there."""
+        absent = {name for name in kwargs if isinstance(inspect.getattr_static(cls, name, None), AbsentWhileNone)}
+        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in absent}}, **kwargs)

@@ -20,7 +20,7 @@ class Learned(NoPosition):
 
     @classmethod
     def check(cls, config):
-        if config.max_position_embeddings is None:
+        if not hasattr(config, "max_position_embeddings"):
             return (
                 "position_encoding 'learned' needs max_position_embeddings, the number of positions to learn, got "
                 "None. Set max_position_embeddings=512, say, or position_encoding='rotary', which has no limit."

@@ -166,7 +166,7 @@ def rope_of_layer(config, layer: int) -> dict:
         parameters = parameters[pattern if isinstance(pattern, str) else pattern[layer]]
     parameters = {"rope_type": "default", "rope_theta": config.default_theta, **parameters}
     if "original_max_position_embeddings" in _NEEDED.get(parameters["rope_type"], ()):
-        parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        parameters.setdefault("original_max_position_embeddings", getattr(config, "max_position_embeddings", None))
     return parameters
 
 
@@ -178,9 +178,8 @@ class _LayerConfig:
         self.head_dim = config.query_key_dim
         self.hidden_size = config.hidden_size
         self.num_attention_heads = config.num_attention_heads
-        self.max_position_embeddings = config.max_position_embeddings or parameters.get(
-            "original_max_position_embeddings"
-        )
+        original = parameters.get("original_max_position_embeddings")
+        self.max_position_embeddings = getattr(config, "max_position_embeddings", original)
 
     def standardize_rope_params(self):
         """transformers calls it; the parameters are complete."""

@@ -212,7 +212,7 @@ POOLS = {
 
 
 def output_of(model):
-    """The last layer of a classifier of whole texts."""
+    """What a classifier of whole texts has above the encoder."""
     return model.choice_output if hasattr(model, "choice_output") else model.classifier
 
 
@@ -227,7 +227,7 @@ class TestPooling:
         rows = zip(batch["input_ids"].view(-1, N), batch["attention_mask"].view(-1, N).bool(), strict=True)
         for row, (text, real) in enumerate(rows):
             hidden = model.model(text[real][None]).last_hidden_state[0]
-            assert_close(logits[row], output_of(model)(model.head(POOLS[pooling](hidden))), f"row {row}")
+            assert_close(logits[row], output_of(model)(POOLS[pooling](hidden)), f"row {row}")
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
     @pytest.mark.parametrize("head_type", HEAD_TYPES)
@@ -237,7 +237,7 @@ class TestPooling:
         batch = make_batch(head)
         batch["attention_mask"][1] = 0
         logits = model(**batch).logits
-        nothing = output_of(model)(model.head(torch.zeros(1, 20, dtype=dtype)))
+        nothing = output_of(model)(torch.zeros(1, 20, dtype=dtype))
         assert_close(logits[1].view(-1, nothing.shape[1]), nothing.expand(logits[1].numel() // nothing.numel(), -1))
         logits.float().square().sum().backward()
         for name, parameter in model.named_parameters():

@@ -115,7 +115,9 @@ def make_batch(auto_class):
 
 
 def values(model, auto_class):
+    """Outputs, with weights that are aligned in memory: those in a file are not, and then the last bit may differ."""
     with torch.no_grad():
+        model._apply(torch.clone)
         return dict(model(**make_batch(auto_class)).items())
 
 
@@ -299,7 +301,7 @@ for saved_as, folder in arguments["folders"].items():
         if type(model).__module__.split(".")[0] != "transformers_modules":
             problems.append(f"{where}: {type(model).__module__}")
         with torch.no_grad():
-            outputs = model(**batch)
+            outputs = model._apply(torch.clone)(**batch)  # aligned in memory, as those expected
         if not all(torch.isfinite(x).all() for x in outputs.values()):
             problems.append(f"{where}: not finite")
         if auto_class == saved_as:

@@ -141,7 +141,7 @@ def _modernbert(config):
     radii = set(_of_layers(config, "window_radius")) - {None}
     return transformers.ModernBertConfig(
         **_common(config),
-        max_position_embeddings=config.max_position_embeddings or 8192,
+        max_position_embeddings=getattr(config, "max_position_embeddings", 8192),
         layer_types=[names[pattern] for pattern in _of_layers(config, "attention_pattern")],
         rope_parameters={**ropes, **{name: dict(rope) for name, rope in missing.items()}},
         local_attention=2 * max(radii, default=64),

@@ -56,7 +56,7 @@ def change(model, changes: dict, head: str, seed=0):
     changed.load_state_dict(weights)
     report = {}
     for option in sorted(options):
-        values = getattr(before, option), getattr(config, option)
+        values = getattr(before, option, None), getattr(config, option, None)
         if values[0] != values[1]:
             report[option] = {"from": values[0], "to": values[1]} | ({"how": how[option]} if option in how else {})
     return changed, {"options": report, "unchanged": _short_texts(model, changed, head, changes, seed)}
@@ -100,8 +100,10 @@ def _short_texts(model, changed, head, changes, seed):
     """The longest text that both attentions see all of, and the error there; None where there is none."""
     if "rope_parameters" in changes:
         return None
-    longest = int(min(sees_all(model.config), sees_all(changed.config), model.config.max_position_embeddings or 64))
-    longest = min(longest, changed.config.max_position_embeddings or longest, 64)
+    lengths = [64]
+    for config in (model.config, changed.config):
+        lengths += [sees_all(config), getattr(config, "max_position_embeddings", 64)]
+    longest = int(min(lengths))
     batches = make_batches(model.config, head, seed, longest=longest)
     batches = [batch for batch in batches if "global_attention_mask" not in batch.inputs]
     if not batches:

@@ -66,12 +66,12 @@ MODERNBERT = {
     "final_norm": "norm",
 }
 
-POOLED = {"pooler": "head.dense.", "classifier.": "classifier."}
+POOLED = {"pooler": "classifier.head.dense.", "classifier.": "classifier.out_proj."}
 TOKENS = {
-    "token_classification": {"classifier.": "classifier."},
-    "question_answering": {"qa_outputs.": "qa_outputs."},
+    "token_classification": {"classifier.": "classifier.out_proj."},
+    "question_answering": {"qa_outputs.": "qa_outputs.out_proj."},
 }
-DENSE = {"classifier.dense.": "head.dense.", "classifier.out_proj.": "classifier."}
+DENSE = {"classifier.dense.": "classifier.head.dense.", "classifier.out_proj.": "classifier.out_proj."}
 
 BERT_HEADS = {
     **TOKENS,
@@ -82,7 +82,7 @@ BERT_HEADS = {
         "cls.predictions.bias": "lm_head.bias",
     },
     "sequence_classification": POOLED,
-    "multiple_choice": {**POOLED, "classifier.": "choice_output."},
+    "multiple_choice": {"pooler": "choice_output.head.dense.", "classifier.": "choice_output.out_proj."},
 }
 
 ROBERTA_HEADS = {
@@ -104,7 +104,10 @@ ELECTRA_HEADS = {
         "generator_lm_head.": "lm_head.",
     },
     "sequence_classification": DENSE,
-    "multiple_choice": {"sequence_summary.summary.": "head.dense.", "classifier.": "choice_output."},
+    "multiple_choice": {
+        "sequence_summary.summary.": "choice_output.head.dense.",
+        "classifier.": "choice_output.out_proj.",
+    },
 }
 
 DISTILBERT_HEADS = {
@@ -114,16 +117,16 @@ DISTILBERT_HEADS = {
         "vocab_layer_norm.": "prediction_head.norm.",
         "vocab_projector.": "lm_head.",
     },
-    "sequence_classification": {"pre_classifier.": "head.dense.", "classifier.": "classifier."},
-    "multiple_choice": {"pre_classifier.": "head.dense.", "classifier.": "choice_output."},
+    "sequence_classification": {"pre_classifier.": "classifier.head.dense.", "classifier.": "classifier.out_proj."},
+    "multiple_choice": {"pre_classifier.": "choice_output.head.dense.", "classifier.": "choice_output.out_proj."},
 }
 
 MODERNBERT_HEADS = {
     "masked_lm": {"head.": "prediction_head.", "decoder.": "lm_head."},
-    "sequence_classification": {"head.": "head.", "classifier.": "classifier."},
-    "token_classification": {"head.": "head.", "classifier.": "classifier."},
-    "question_answering": {"head.": "head.", "classifier.": "qa_outputs."},
-    "multiple_choice": {"head.": "head.", "classifier.": "choice_output."},
+    "sequence_classification": {"head.": "classifier.head.", "classifier.": "classifier.out_proj."},
+    "token_classification": {"head.": "classifier.head.", "classifier.": "classifier.out_proj."},
+    "question_answering": {"head.": "qa_outputs.head.", "classifier.": "qa_outputs.out_proj."},
+    "multiple_choice": {"head.": "choice_output.head.", "classifier.": "choice_output.out_proj."},
 }
 
 NOMIC_BERT_HEADS = {

@@ -72,7 +72,7 @@ def make_batches(config, head, seed=0, counts_padding=False, longest=None):
     radii = config.window_radius if isinstance(config.window_radius, list) else [config.window_radius]
     radii = sorted({radius or 0 for radius in radii})
     uneven = longest is None and len(radii) > 1
-    longest = min(longest or max(128, 2 * radii[-1] + 32), config.max_position_embeddings or math.inf)
+    longest = min(longest or max(128, 2 * radii[-1] + 32), getattr(config, "max_position_embeddings", math.inf))
     longformer = "longformer" in config.attention_pattern
     kinds = {
         "padded on the right": ([longest, max(longest // 3, 1), 1], "right"),
