@@ -1,5 +1,6 @@
 """torch's flex attention: whole blocks of pairs that nobody may see are skipped."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from .scores import Scoring
 
 
 class FlexMask(NamedTuple):
-    """flex's own mask, and what the dense mask is made from when weights are wanted."""
+    """flex's own mask, what its rule and (where weights are wanted) the dense mask are made from, and where."""
 
     blocks: Any
     pattern: Any
@@ -22,6 +23,7 @@ class FlexMask(NamedTuple):
     key: Tokens
     heads: range
     user_mask: torch.Tensor | None
+    device: torch.device
 
 
 def mask(
@@ -30,25 +32,31 @@ def mask(
     """A BlockMask of who sees whom, made from the same rule as the dense mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    (rows, num_queries), device = query.document.shape, query.document.device
+    if not (query.document.numel() and key.document.numel()):
+        return FlexMask(None, pattern, query, key, heads, user_mask, device)
+    by_head = pattern.per_head or (user_mask is not None and user_mask.shape[1] > 1)
+    blocks = create_block_mask(
+        _rule(pattern, query, key, heads, user_mask),
+        B=rows,
+        H=len(heads) if by_head else None,
+        Q_LEN=num_queries,
+        KV_LEN=key.document.shape[1],
+        device=device,
+    )
+    return FlexMask(blocks, pattern, query, key, heads, user_mask, device)
+
+
+def _rule(pattern, query: Tokens, key: Tokens, heads: range, user_mask: torch.Tensor | None) -> Callable:
+    """Who sees whom as flex asks it: by row, head and the indices of query and key."""
+
     def may_see(row, head, query_index, key_index):
         seen = visible(pattern, head + heads.start, query.at((row, query_index)), key.at((row, key_index)))
         if user_mask is None:
             return seen
         return seen & user_mask[row, head if user_mask.shape[1] > 1 else 0, query_index, key_index]
 
-    rows, num_queries = query.document.shape
-    if not (query.document.numel() and key.document.numel()):
-        return FlexMask(None, pattern, query, key, heads, user_mask)
-    by_head = pattern.per_head or (user_mask is not None and user_mask.shape[1] > 1)
-    blocks = create_block_mask(
-        may_see,
-        B=rows,
-        H=len(heads) if by_head else None,
-        Q_LEN=num_queries,
-        KV_LEN=key.document.shape[1],
-        device=query.document.device,
-    )
-    return FlexMask(blocks, pattern, query, key, heads, user_mask)
+    return may_see
 
 
 def attend(
@@ -68,6 +76,9 @@ def attend(
         raise ValueError(f"flex_attention has no dropout of weights, got {dropout}. {_WAY_OUT}.")
     if query.requires_grad and query.device.type == "cpu":
         raise ValueError(f"flex_attention has no backward on a CPU. {_WAY_OUT}, or torch.no_grad() for values alone.")
+    if mask.device != query.device:
+        # Moved to a layer on another device, blocks are copies, and their rule still reads tensors of the first one.
+        mask.blocks.mask_mod = _rule(mask.pattern, mask.query, mask.key, mask.heads, mask.user_mask)
     (scale,) = scoring.parameters
     heads = _flex_attention(query.device.type)(
         query.transpose(1, 2),

@@ -174,7 +174,7 @@ def span_loss(
         start_positions, end_positions: (B,); a place outside 0 … N - 1 or at padding is no label.
         real: (B, N) bool, False at padding.
     """
-    sides = []
+    sides, real = [], real.to(start_logits.device)
     for logits, place in ((start_logits, start_positions), (end_logits, end_positions)):
         place = place.to(logits.device).reshape(-1)
         inside = (place >= 0) & (place < logits.shape[1])

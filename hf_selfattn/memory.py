@@ -62,6 +62,8 @@ def remember(memory: Memory | None, entered: list[torch.Tensor], tokens: Tokens,
     # Padding first, then the real tokens in their order; the last of them stay.
     order = (tokens.document >= 0).long().argsort(dim=1, stable=True)[:, -memory_length:]
     if memory is not None:
-        entered = [torch.cat((old, new), dim=1) for old, new in zip(memory.hidden_states, entered, strict=True)]
-    kept = tuple(x.detach().gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in entered)
+        # Layers may stand on different devices.
+        pairs = zip(memory.hidden_states, entered, strict=True)
+        entered = [torch.cat((old.to(new.device), new), dim=1) for old, new in pairs]
+    kept = tuple(x.detach().gather(1, order.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in entered)
     return Memory(kept, Tokens(*(None if x is None else x.gather(1, order) for x in tokens)))

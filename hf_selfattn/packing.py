@@ -70,13 +70,18 @@ class Packing(NamedTuple):
         form = self._replace(is_packed=True, places=places)
         return form._replace(tokens=Tokens(*(None if x is None else form.pack(x) for x in self.tokens)))
 
+    def to(self, device: torch.device) -> "Packing":
+        """The same on another device: the last layers may stand on another one than the first."""
+        places = None if self.places is None else self.places.to(device)
+        return self._replace(tokens=Tokens(*(None if x is None else x.to(device) for x in self.tokens)), places=places)
+
     def pack(self, batch: torch.Tensor | None, fill: int | None = None) -> torch.Tensor | None:
         """(B, N, …) to the layout (R, N, …); with `fill`, padding that is kept takes that value (labels: -100)."""
         if batch is None:
             return None
         if self.is_packed:
             batch = batch.flatten(0, 1)
-            return (batch if self.places is None else batch.index_select(0, self.places)).unsqueeze(0)
+            return (batch if self.places is None else batch.index_select(0, self.places.to(batch.device))).unsqueeze(0)
         if fill is None or self.all_real:
             return batch
         return batch.masked_fill(~_like(self.real, batch), fill)
@@ -88,7 +93,7 @@ class Packing(NamedTuple):
         layout = layout.squeeze(0)
         if self.places is not None:
             empty = layout.new_zeros(self.shape[0] * self.shape[1], *layout.shape[1:])
-            layout = empty.index_copy(0, self.places, layout)
+            layout = empty.index_copy(0, self.places.to(layout.device), layout)
         return layout.unflatten(0, self.shape)
 
 
@@ -145,9 +150,8 @@ def _stand(real: torch.Tensor, starts: torch.Tensor, position_ids: torch.Tensor 
     counts = torch.zeros_like(number).scatter_add_(0, number, real.flatten().long())
     length = counts[number].view(real.shape)
     if position_ids is None:
-        seen = real.long().cumsum(1)
-        before = torch.where(starts, seen - real.long(), 0).cummax(1).values
-        position_ids = seen - before - 1
+        before = counts.cumsum(0) - counts  # real tokens of the documents before each one
+        position_ids = (real.flatten().cumsum(0) - before[number] - 1).view(real.shape)
     number = number.view(real.shape)
     return Tokens(
         document=torch.where(real, number, -1),
@@ -205,4 +209,4 @@ def values_can_be_read(tensor: torch.Tensor) -> bool:
 
 
 def _like(real: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return real.view(real.shape + (1,) * (other.dim() - 2))
+    return real.view(real.shape + (1,) * (other.dim() - 2)).to(other.device)

@@ -35,7 +35,11 @@ class AlibiSlopes(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.slopes = nn.Parameter(torch.empty(config.num_attention_heads), requires_grad=False)
+        self.slopes = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def register_parameter(self, name: str, param: nn.Parameter) -> None:
+        """As in torch; `from_pretrained` sets new parameters, and makes all that it sets trainable."""
+        super().register_parameter(name, param.requires_grad_(False))
 
     def init_parameters(self, std: float) -> None:
         """Sets the slopes; `std` is not used."""

@@ -438,7 +438,8 @@ class TestResize:
         expected = values(model(**batch))
         model.resize_token_embeddings(V + 5)
         for name, x in values(model(**batch)).items():
-            assert torch.equal(x[..., : expected[name].shape[-1]], expected[name])
+            # Products of other shapes are summed in another order on some processors.
+            assert_close(x[..., : expected[name].shape[-1]], expected[name], name)
 
     def test_padding_keeps_its_place(self, make):
         model = make("masked_lm", pad_token_id=2)

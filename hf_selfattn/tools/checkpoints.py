@@ -40,7 +40,10 @@ def _read_json(path):
 
 
 def check_safetensors(path):
-    """Refuse a safetensors file shorter than its header says (8 bytes of header size, header, tensors)."""
+    """The names of a safetensors file's tensors; one shorter than its header says is refused.
+
+    It is 8 bytes of header size, the header, and the tensors.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
@@ -50,10 +53,11 @@ def check_safetensors(path):
             header = json.loads(file.read(header_size))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise _broken(path, "its header is unreadable") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + header_size + max(ends, default=0)
+    header.pop("__metadata__", None)
+    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         raise _broken(path, f"it has {size:,} bytes where its header asks for {expected:,}")
+    return set(header)
 
 
 def _check_weights(folder):
@@ -64,15 +68,19 @@ def _check_weights(folder):
             f"{str(folder)!r} holds no weights (none of {', '.join(WEIGHTS)}; there is {others}). "
             f"Pass a folder made by save_pretrained, or one of its checkpoint-* folders."
         )
-    files = present
+    files, file_of = present, {}
     if present[0].suffix == ".json":
-        files = [folder / name for name in sorted(set(_read_json(present[0])["weight_map"].values()))]
+        file_of = _read_json(present[0])["weight_map"]
+        files = [folder / name for name in sorted(set(file_of.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise _broken(folder, f"of its {len(files)} files of weights {', '.join(missing)} is not there")
     for file in files:
         if file.suffix == ".safetensors":
-            check_safetensors(file)
+            found = check_safetensors(file)
+            lost = sorted(name for name, of in file_of.items() if of == file.name and name not in found)
+            if lost:
+                raise _broken(folder, f"its index names {lost[0]!r} in {file.name}, which does not hold it")
         elif file.suffix == ".bin" and not zipfile.is_zipfile(file):
             raise _broken(file, "it is not a whole torch file")
 

@@ -7,14 +7,10 @@
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
 import platform
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -31,6 +27,7 @@ from .convert_weights import fill_from_ours, in_our_names, our_names
 from .opening import fit_inputs
 from .recipes import nearest
 from .tokenizer import check_tokenizer, open_tokenizer, save_tokenizer
+from .whole_folders import check_out, whole_folder
 
 CERTIFICATE = "conversion.json"
 
@@ -59,7 +56,8 @@ def convert(source, out=None, head=None, to=None, seed=0, **changes):
             is written then.
     """
     changes = read_changes(changes)
-    _check_out(out)
+    if out is not None:
+        check_out(out)
     if Path(source).exists():
         check_model_folder(source)
     config = transformers.AutoConfig.from_pretrained(source)
@@ -81,7 +79,7 @@ def convert(source, out=None, head=None, to=None, seed=0, **changes):
     tokenizer = _tokenizer(source, model.config, changes)
     certificate["tokenizer"] = None if tokenizer is None else _about_tokenizer(tokenizer)
     if out is not None:
-        _write(model, tokenizer, certificate, Path(out))
+        _write(model, tokenizer, certificate, out)
     return model, certificate
 
 
@@ -213,16 +211,9 @@ def _about_tokenizer(tokenizer):
     }
 
 
-def _check_out(out):
-    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise FileExistsError(f"{str(out)!r} is there and not an empty folder. Pass another one, or remove it.")
-
-
 def _write(model, tokenizer, certificate, out):
-    """Everything into a folder beside `out`, read again, and then renamed: there is no half of a model."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    """Everything, read again before it stands in `out`."""
+    with whole_folder(out) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
@@ -231,19 +222,6 @@ def _write(model, tokenizer, certificate, out):
         certificate["weights_sha256"] = {file.name: _sha256(file) for file in files}
         text = json.dumps(certificate, indent=2, ensure_ascii=False, default=str) + "\n"
         (folder / CERTIFICATE).write_text(text, encoding="utf-8")
-        folder.chmod(0o777 & ~_umask())
-        _check_out(out)
-        with contextlib.suppress(FileNotFoundError):
-            out.rmdir()
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _check_written(model, files):
