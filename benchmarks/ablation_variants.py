@@ -10,7 +10,8 @@ import sys
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import BertForMaskedLM, ModernBertForMaskedLM, TrainerCallback
+from transformers.modeling_outputs import MaskedLMOutput
 
 from hf_selfattn import SelfAttnForMaskedLM, SelfAttnPreTrainedModel
 from hf_selfattn.attention import SelfAttention
@@ -86,7 +87,30 @@ def averaged(share):
     PretrainingTrainer.__init__ = make
 
 
+def sparse_predictions():
+    """Stock BERT and ModernBERT make logits at labelled places alone while they train, as ours always does."""
+    for stock, encoder, head in (
+        (BertForMaskedLM, "bert", lambda model, hidden: model.cls(hidden)),
+        (ModernBertForMaskedLM, "model", lambda model, hidden: model.decoder(model.head(hidden))),
+    ):
+        stock.forward = _sparse(stock.forward, encoder, head)
+
+
+def _sparse(dense, encoder, head):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
+        if not self.training or labels is None:
+            return dense(self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        outputs = getattr(self, encoder)(input_ids=input_ids, attention_mask=attention_mask)
+        asked = labels != -100
+        logits = head(self, outputs.last_hidden_state[asked])
+        loss = nn.functional.cross_entropy(logits.float(), labels[asked], reduction="sum")
+        return MaskedLMOutput(loss=loss / (asked.sum() if num_items_in_batch is None else num_items_in_batch))
+
+    return forward
+
+
 VARIANTS = {
+    "sparse_predictions": sparse_predictions,
     "zero_outputs": zero_outputs,
     "value_residuals": value_residuals,
     "averaged_20": lambda: averaged(0.2),
