@@ -66,7 +66,8 @@ def refuse_misspelt(cls: type[PreTrainedConfig], options: dict) -> None:
 class AbsentWhileNone:
     """An option that a config does not have while it is None, as it is by default. For `MayLackOptions`.
 
-    Libraries that ask `hasattr(config, "max_position_embeddings")` take what they find for a number.
+    Libraries that ask `hasattr(config, "max_position_embeddings")` take what they find for a number. While it is absent,
+    `dataclasses.asdict`, `dataclasses.replace` and `update_from_string` of it raise; `to_dict` and assignment do not.
     """
 
     def __set_name__(self, cls, name: str) -> None:
@@ -86,6 +87,9 @@ class AbsentWhileNone:
         vars(config).pop(self.name, None)
         if value is not None:
             vars(config)[self.name] = value
+
+    def __delete__(self, config) -> None:
+        self.__set__(config, None)
 
 
 class MayLackOptions:

@@ -144,6 +144,8 @@ class TestLength:
             _ = config.max_position_embeddings
         config.max_position_embeddings = 7
         assert (config.max_position_embeddings, pickle.loads(pickle.dumps(config))) == (7, config)
+        del config.max_position_embeddings
+        assert not hasattr(config, "max_position_embeddings")
         config.max_position_embeddings = None
         assert config == SelfAttnConfig()
 

@@ -518,6 +518,12 @@ def test_heads_that_cannot_be_converted(name, head, options, match, tmp_path):
 
 
 class TestHead:
+    def test_a_mean_over_each_choice(self, tmp_path):
+        """Which ModernBERT takes only with a mask."""
+        save_source(tmp_path / "source", "modernbert", "multiple_choice", classifier_pooling="mean")
+        _, certificate = convert(tmp_path / "source")
+        assert certificate["proof"]["errors"]["float64"]["largest"] <= 1e-10
+
     def test_one_that_the_source_has_not(self, tmp_path):
         save_source(tmp_path / "source", "bert", "sequence_classification")
         with pytest.raises(ValueError, match="its head 'masked_lm' would be a random one"):

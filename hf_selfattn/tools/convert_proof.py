@@ -108,7 +108,7 @@ def _make_batch(name, lengths, side, config, head, generator, counts_padding, is
         ids = torch.where(ids == config.pad_token_id, (ids + 1) % config.vocab_size, ids)
         ids = ids.masked_fill(~mask, config.pad_token_id)
     inputs, more = {"input_ids": ids}, {}
-    if side is not None:
+    if side is not None or head == "multiple_choice":  # whose mean over a text needs one in ModernBERT
         inputs["attention_mask"] = mask.long()
     if config.type_vocab_size > 1:
         inputs["token_type_ids"] = torch.randint(0, config.type_vocab_size, mask.shape, generator=generator)
