@@ -66,8 +66,8 @@ def refuse_misspelt(cls: type[PreTrainedConfig], options: dict) -> None:
 class AbsentWhileNone:
     """An option that a config does not have while it is None, as it is by default. For `MayLackOptions`.
 
-    Libraries that ask `hasattr(config, "max_position_embeddings")` take what they find for a number. While it is absent,
-    `dataclasses.asdict`, `dataclasses.replace` and `update_from_string` of it raise; `to_dict` and assignment do not.
+    Libraries that ask `hasattr(config, "max_position_embeddings")` take what they find for a number. While it is
+    absent, `dataclasses.asdict`, `dataclasses.replace` and `update_from_string` of it raise; `to_dict` does not.
     """
 
     def __set_name__(self, cls, name: str) -> None:
