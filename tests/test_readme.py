@@ -24,6 +24,15 @@ def python_of(text: str) -> tuple[str, int]:
     return "\n".join(lines), blocks
 
 
+def test_snippets_that_open_a_model_register_it():
+    """Each is copied alone."""
+    text = README.read_text(encoding="utf-8")
+    blocks = [part.split("```")[0] for part in text[text.index("## Share") :].split("```python\n")[1:]]
+    assert len(blocks) >= 8
+    for block in blocks:
+        assert "import hf_selfattn" in block or "from hf_selfattn" in block, block
+
+
 def test_snippets_run_in_order(tmp_path):
     """In one process, beside a `runs/quickstart`, with a Hub that knows `you`."""
     code, blocks = python_of(README.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ import importlib
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -15,10 +16,16 @@ from transformers import (
     ByT5Tokenizer,
     DistilBertConfig,
     DistilBertForQuestionAnswering,
+    LongformerConfig,
+    LongformerForQuestionAnswering,
     RobertaConfig,
     RobertaForQuestionAnswering,
     Trainer,
     TrainingArguments,
+    XLMRobertaConfig,
+    XLMRobertaForQuestionAnswering,
+    XLNetConfig,
+    XLNetForQuestionAnsweringSimple,
 )
 
 import hf_selfattn.tools
@@ -247,6 +254,93 @@ def test_other_models_and_token_types(name):
         assert_answers(answers, search(model, tokenizer, question, context)[:5], context)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [(RobertaForQuestionAnswering, RobertaConfig), (XLMRobertaForQuestionAnswering, XLMRobertaConfig)],
+    ids=["roberta", "xlm-roberta"],
+)
+def test_positions_that_begin_after_the_padding(cls, config, side):
+    """66 rows, two of them for no token: windows of 64 by themselves, refused from 65 on."""
+    tokenizer, context = copy.deepcopy(tiny_tokenizer()), " ".join(CONTEXTS * 3)
+    tokenizer.padding_side = side
+    ids = tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]"])
+    tokenizer.pad_token, tokenizer.unk_token = "[UNK]", "[PAD]"  # the padding has id 1, as in all that are published
+    assert ids == [0, 1] == [tokenizer.unk_token_id, tokenizer.pad_token_id]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = cls(config(**sizes, intermediate_size=18, pad_token_id=1, type_vocab_size=1, max_position_embeddings=66))
+    model = model.double().eval()
+    room = 64 - 3 - len(tokenizer.tokenize(QUESTIONS[0]))
+    expected = search(model, tokenizer, QUESTIONS[0], context, room=room, stride=room // 2)[:5]
+    for options in ({}, {"max_length": 64}, {"max_length": np.int64(64)}):
+        assert_answers(answer(model, tokenizer, QUESTIONS[0], context, top_k=5, **options), expected, context)
+    with pytest.raises(
+        ValueError, match=r"the model's 64 positions \(max_position_embeddings=66\), got 65. Pass max_length=64"
+    ):
+        answer(model, tokenizer, QUESTIONS[0], context, max_length=65)
+
+
+def test_a_model_without_a_limit():
+    """XLNet's max_position_embeddings is -1."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 0, "d_model": 20, "n_layer": 1, "n_head": 2}
+    model = XLNetForQuestionAnsweringSimple(XLNetConfig(**sizes, d_inner=18)).double().eval()
+    expected = search(model, tiny_tokenizer(), QUESTIONS[0], CONTEXTS[0])[:3]
+    for options in ({}, {"max_length": 60}):
+        found = answer(model, tiny_tokenizer(), QUESTIONS[0], CONTEXTS[0], top_k=3, **options)
+        assert_answers(found, expected, CONTEXTS[0])
+
+
+class TestLongformer:
+    """transformers' Longformer reads a question up to the first of three separators."""
+
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": len(tiny_tokenizer()), "hidden_size": 20, "num_hidden_layers": 1}
+        config = LongformerConfig(**sizes, num_attention_heads=2, intermediate_size=18, initializer_range=0.3,
+                                  max_position_embeddings=200, attention_window=8, pad_token_id=0,
+                                  sep_token_id=tiny_tokenizer().sep_token_id)  # fmt: skip
+        return LongformerForQuestionAnswering(config).double().eval()
+
+    @pytest.fixture
+    def tokenizer(self):
+        """Of pairs with three separators."""
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=True),
+                processors.TemplateProcessing(
+                    single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] [SEP] $B [SEP]", special_tokens=special
+                ),
+            ]
+        )
+        return tokenizer
+
+    def test_answers(self, model, tokenizer):
+        """The best answers of one token each."""
+        question, context = QUESTIONS[0], CONTEXTS[0]
+        row = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True)
+        offsets = row.pop("offset_mapping")[0].tolist()
+        with torch.no_grad():
+            outputs = model(**row)
+        values = (outputs.start_logits + outputs.end_logits)[0].tolist()
+        places = [i for i, (start, end) in enumerate(offsets) if row.sequence_ids(0)[i] == 1 and start < end]
+        total = sum(math.exp(values[i]) for i in places)
+        expected = sorted(((math.exp(values[i]) / total, *offsets[i]) for i in places), reverse=True)
+        assert_answers(answer(model, tokenizer, question, context, top_k=99, max_answer_tokens=1), expected, context)
+
+    def test_other_numbers_of_separators_are_refused(self, model, tokenizer):
+        with pytest.raises(
+            ValueError, match=r"question 0 gives a row with 2\. Pass the tokenizer that belongs to the"
+        ):
+            answer(model, tiny_tokenizer(), QUESTIONS[0], CONTEXTS[0])
+        with pytest.raises(ValueError, match=r"three separators in a row .* question 1 gives a row with 4"):
+            answer(model, tokenizer, QUESTIONS, [CONTEXTS[0], "a cat [SEP] a dog", CONTEXTS[2]])
+
+
 class TestTheModelIsLeftAsItWas:
     def test_modes_gradients_and_dropout(self, build):
         model = build(position="rotary", hidden_dropout=0.5, attention_dropout=0.5)
@@ -318,7 +412,11 @@ def test_after_training_it_answers_right(tmp_path):
     assert [row["answer"] for row in found] == [(row["text"] or [""])[0] for row in rows["answers"]]
     outputs = trainer.predict(Rows(features)).predictions
     for own, line in zip(found, task.predictions(rows, features, outputs), strict=True):
-        assert (line["prediction"], line["score"]) == (own["answer"], pytest.approx(own["score"], abs=1e-3))
+        assert (line["prediction"], line["score"]) == (own["answer"], pytest.approx(own["score"], rel=1e-3))
+
+
+NUMBERS = {"top_k": 1, "max_length": 1, "stride": 0, "max_answer_tokens": 1, "batch_size": 1}
+"""What `answer` takes, and the smallest."""
 
 
 class TestRefusals:
@@ -365,16 +463,27 @@ class TestRefusals:
 
     def test_numbers_out_of_range(self, model, build):
         context = " ".join(CONTEXTS)
-        for name in ("top_k", "max_answer_tokens", "batch_size", "max_length"):
-            self.refuse(ValueError, f"{name} is a whole number from 1 on, got 0", model, **{name: 0})
+        for name, least in NUMBERS.items():
+            message = f"{name} is a whole number from {least} on, got {least - 1}. Pass one, or leave {name} out"
+            self.refuse(ValueError, message, model, **{name: least - 1})
         room = 40 - 3 - len(tiny_tokenizer().tokenize("who?"))
-        for stride in (room, -1):
-            message = f"from 0 to {room - 1} beside question 0, got {stride}"
-            self.refuse(ValueError, message, model, "who?", context, max_length=40, stride=stride)
+        message = f"from 0 to {room - 1} beside question 0, got {room}"
+        self.refuse(ValueError, message, model, "who?", context, max_length=40, stride=room)
         learned = build(position="learned", max_position_embeddings=26)
         self.refuse(
             ValueError, "at most the model's 26 positions .* got 27. Pass max_length=26", learned, max_length=27
         )
+
+    @pytest.mark.parametrize("name", NUMBERS)
+    def test_what_is_no_whole_number(self, model, name):
+        """Refused before anything else is looked at; whole numbers of any type are taken."""
+        for wrong, shown in ((0.5, "0.5"), ("8", "'8'"), (True, "True"), (2.0, "2.0"), (np.True_, "(np.)?True_?")):
+            message = f"{name} is a whole number from {NUMBERS[name]} on, got {shown}. Pass one"
+            self.refuse(ValueError, message, model, [], [], **{name: wrong})
+        options = {"max_length": 60, "max_answer_tokens": 2, "top_k": 1} | {name: 48}
+        plain = answer(model, tiny_tokenizer(), "who?", CONTEXTS[0], **options)
+        for whole in (np.int64(48), torch.tensor(48)):
+            assert answer(model, tiny_tokenizer(), "who?", CONTEXTS[0], **options | {name: whole}) == plain
 
 
 def test_it_is_imported_when_it_is_asked_for(monkeypatch):

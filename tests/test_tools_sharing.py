@@ -9,6 +9,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 from transformers.utils import PushInProgress
 
+from hf_selfattn.tools import sharing
+from hf_selfattn.tools.checkpoints import prepare_output_dir
 from hf_selfattn.tools.safe_checkpoints import finish_checkpoint, why_not_whole
 from hf_selfattn.tools.sharing import HubPushes, public_files
 
@@ -72,6 +74,14 @@ def test_the_folder_stays_as_it_is(checkpoint):
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     public_files(checkpoint, to_resume=True)
     assert {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()} == before
+
+
+def test_what_stands_against_a_push_is_said_before_the_work(tmp_path, monkeypatch):
+    """The client reads its endpoint when it is imported, so its address is changed and not the environment."""
+    arguments = TrainingArguments(str(tmp_path / "mine"), push_to_hub=True, hub_token="hf_none", use_cpu=True)
+    monkeypatch.setattr(sharing.create_repo.__self__, "endpoint", "http://127.0.0.1:9")
+    with pytest.raises(RuntimeError, match=r"--push_to_hub: the repository 'mine' cannot be .* Log in"):
+        prepare_output_dir(arguments, None)
 
 
 class SharingTrainer(HubPushes, Trainer):

@@ -219,6 +219,18 @@ class TestTokenClassification:
     def test_blanks_stand_where_they_stand_in_a_text(self):
         assert "".join(as_in_text(["The", "cat", "爱", "北京", "and", "x"])) == "The cat爱北京and x"
 
+    def test_a_blank_that_is_a_token_of_its_own_is_not_labelled(self):
+        """Z never stood behind a blank when the tokenizer was trained: " Zebra" is "Ġ", "Z", and so on."""
+        words, tokenizer = ["Zebra", "Zebra", "cat", "  Zebra", " ", "Q"], tiny_tokenizer()
+        assert tokenizer.tokenize(" Zebra")[:2] == ["Ġ", "Z"]
+        splits = splits_of({"tokens": [words] * 2, "tags": [["B-X", "B-X", "O", "I-X", "O", "B-X"]] * 2})
+        task = TokenClassification(TaskArguments(), splits)
+        for row in features_of(task, splits["train"]):
+            tokens = tokenizer.convert_ids_to_tokens([row["input_ids"][place] for place in row["places"]])
+            assert tokens == ["Z", "Z", "Ġcat", "Z", "Ġ", "Q"]
+            assert [task.label_names[row["labels"][place]] for place in row["places"]] == splits["train"]["tags"][0]
+            assert sum(label != -100 for label in row["labels"]) == len(words)
+
     @pytest.mark.parametrize("length", [6, 8, 13])
     def test_long_texts_are_cut_between_words(self, length):
         splits = self.splits()
@@ -332,6 +344,18 @@ class TestQuestionAnswering:
         lines = list(task.predictions(splits["train"], features, (starts, ends)))
         assert [line["prediction"] for line in lines] == [found[i].strip() for i in range(3)]
         assert [line["id"] for line in lines] == ["p", "q", "r"]
+
+    def test_small_probabilities_keep_four_digits(self):
+        """With equal logits each of n spans has 1 / n."""
+        splits = self.splits()
+        task = QuestionAnswering(TaskArguments(max_answer_length=60), splits)
+        features = features_of(task, splits["train"])
+        zeros = np.zeros((2, len(features), 600))
+        exact = [value for _, value in task.answers(splits["train"], features, zeros)]
+        given = [line["score"] for line in task.predictions(splits["train"], features, zeros)]
+        assert min(exact) < 2e-4
+        assert given == pytest.approx(exact, rel=5e-4)
+        assert all(len(f"{value:e}".split("e")[0].strip("0").replace(".", "")) <= 4 for value in given)
 
     def test_an_answer_that_is_not_in_the_text_is_the_empty_one(self):
         nothing = {"text": [], "answer_start": []}

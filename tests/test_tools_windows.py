@@ -1,11 +1,24 @@
+import copy
 import itertools
 from collections import Counter
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoConfig, BertConfig
+from transformers import AutoConfig, AutoModel, BertConfig, XLNetConfig
 
-from hf_selfattn.tools.windows import Frame, as_rows, check_token_ids, cut_into_windows, token_counts, window_length
+from hf_selfattn.tools.convert_families import OFFSET
+from hf_selfattn.tools.evaluation import longest_row
+from hf_selfattn.tools.opening import fit_inputs
+from hf_selfattn.tools.windows import (
+    Frame,
+    as_rows,
+    check_token_ids,
+    cut_into_windows,
+    positions_of,
+    token_counts,
+    window_length,
+)
 
 from .train_scripts import sentences, tiny_tokenizer
 
@@ -74,6 +87,44 @@ def test_rows_longer_than_the_positions_are_refused():
     with pytest.raises(ValueError, match="--max_seq_length counts the 2 special tokens of a row, got 2"):
         Frame(tokenizer).room(2)
     assert window_length(None, tokenizer, BertConfig(max_position_embeddings=32)) == 32
+
+
+@pytest.mark.parametrize("pad", [1, 3])
+@pytest.mark.parametrize("name", ["bert", "distilbert", *OFFSET])
+def test_positions_are_as_many_as_the_model_takes(name, pad):
+    """The longest row that the model itself computes; the next one falls out of its table of positions."""
+    pad = 1 if name == "mpnet" else pad  # its model takes no other
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    if name == "distilbert":
+        sizes = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+    window = {"attention_window": 4} if name == "longformer" else {}
+    config = AutoConfig.for_model(name, vocab_size=9, max_position_embeddings=20, pad_token_id=pad, **sizes, **window)
+    model, positions = AutoModel.from_config(config).eval(), positions_of(config)
+    with torch.no_grad():
+        model(torch.full((2, positions), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((2, positions + 1), 5))
+
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    assert window_length(None, tokenizer, config) == window_length(positions, tokenizer, config) == positions
+    with pytest.raises(
+        ValueError, match=rf"the model's {positions} positions .*=20\). Pass --max_seq_length {positions} "
+    ):
+        window_length(positions + 1, tokenizer, config)
+    assert longest_row(tokenizer, config) == positions
+    fit_inputs(tokenizer, config)
+    assert tokenizer.model_max_length == positions
+
+
+def test_no_limit_of_positions():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    for config in (AutoConfig.for_model("selfattn"), XLNetConfig(d_model=8, n_head=2)):
+        assert positions_of(config) is None
+        assert window_length(None, tokenizer, config) == 512
+        assert window_length(9999, tokenizer, config) == 9999
+        longest = tokenizer.model_max_length
+        fit_inputs(tokenizer, config)
+        assert tokenizer.model_max_length == longest
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():

@@ -192,7 +192,7 @@ def report(trainer, training, source, model_arguments, scores, splits, sizes, co
     print(f"{'bits per byte':28}{metrics['bits_per_byte']:10.3f}\n")
     if training.do_train and arguments.num_shown:
         print("\n".join(show_predictions(folder, splits["validation"][column], arguments.num_shown)))
-        print(f"\nSaved in {folder}: pipeline('fill-mask', {str(folder)!r}) opens it.")
+        print(f"\nSaved in {folder}: import hf_selfattn, and pipeline('fill-mask', {str(folder)!r}) opens it.")
 
 
 if __name__ == "__main__":

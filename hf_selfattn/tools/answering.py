@@ -6,12 +6,13 @@ by the same functions.
 
 import contextlib
 import itertools
+import operator
 
 import numpy as np
 import torch
 
 from .collators import PaddingCollator
-from .windows import Frame, uses_token_types, window_length
+from .windows import Frame, positions_of, uses_token_types, window_length
 
 
 @torch.no_grad()
@@ -55,10 +56,14 @@ def answer(
     Raises:
         TypeError: a slow tokenizer, a model without start and end logits, texts that are no texts.
         ValueError: an empty text, lists of unlike length, a question that leaves no room for the context, a tokenizer
-            without a pad token, numbers out of range.
+            without a pad token, numbers that are not whole or out of range, rows without the three separators that
+            stock Longformer looks for.
     """
-    _check_numbers(top_k=1 if top_k is None else top_k, max_answer_tokens=max_answer_tokens, batch_size=batch_size)
+    count = 1 if top_k is None else _whole("top_k", top_k)
+    max_answer_tokens, batch_size = _whole("max_answer_tokens", max_answer_tokens), _whole("batch_size", batch_size)
+    stride = None if stride is None else _whole("stride", stride, least=0)
     _check_tokenizer(tokenizer)
+    max_length = _checked_length(max_length, tokenizer, model.config)
     single = isinstance(question, str)
     questions, contexts = _texts(question, context)
     rows = _rows(tokenizer, model.config, questions, contexts, max_length, stride)
@@ -66,7 +71,7 @@ def answer(
     with _evaluating(model):
         windows = _with_logits(model, PaddingCollator(tokenizer, pad_to_multiple_of=1), rows, batch_size)
         for index, group in itertools.groupby(windows, key=lambda window: window[0]["example"]):
-            answers.append(best_answers(contexts[index], list(group), max_answer_tokens, allow_no_answer, top_k or 1))
+            answers.append(best_answers(contexts[index], list(group), max_answer_tokens, allow_no_answer, count))
     if top_k is None:
         answers = [best for [best] in answers]
     return answers[0] if single else answers
@@ -171,7 +176,6 @@ def _rows(tokenizer, config, questions, contexts, max_length, stride):
     if not questions:
         return []
     frame = Frame(tokenizer, uses_token_types(tokenizer, config))
-    max_length = _checked_length(max_length, tokenizer, config)
     room = max_length - len(frame.row([], [])["input_ids"])
     asked = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
     read = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -192,6 +196,7 @@ def _rows(tokenizer, config, questions, contexts, max_length, stride):
             )
         windows = context_windows(frame, question, ids, read["offset_mapping"][example], left, shared)
         rows += [row | {"example": example} for row in windows]
+    _check_separators(config, rows)
     return rows
 
 
@@ -222,10 +227,31 @@ def _evaluating(model):
             module.training = training
 
 
-def _check_numbers(**numbers):
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} is a whole number from 1 on, got {number!r}.")
+def _whole(name, number, least=1):
+    """A number that was passed as `name`, as an int."""
+    try:
+        whole = None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        whole = None
+    if whole is None or whole < least:
+        raise ValueError(
+            f"{name} is a whole number from {least} on, got {number!r}. Pass one, or leave {name} out for its default."
+        )
+    return whole
+
+
+def _check_separators(config, rows):
+    """Longformer of transformers takes all before the first of three separators for the question, else it fails."""
+    if config.model_type != "longformer":
+        return
+    for row in rows:
+        found = row["input_ids"].count(config.sep_token_id)
+        if found != 3:
+            raise ValueError(
+                f"Longformer finds the end of a question by three separators in a row (id {config.sep_token_id}, its "
+                f"sep_token_id), question {row['example']} gives a row with {found}. Pass the tokenizer that belongs "
+                f"to the model, and texts without separators."
+            )
 
 
 def _check_tokenizer(tokenizer):
@@ -244,12 +270,11 @@ def _check_tokenizer(tokenizer):
 def _checked_length(max_length, tokenizer, config):
     if max_length is None:
         return window_length(None, tokenizer, config)
-    _check_numbers(max_length=max_length)
-    positions = getattr(config, "max_position_embeddings", None)
+    max_length, positions = _whole("max_length", max_length), positions_of(config)
     if positions is not None and max_length > positions:
         raise ValueError(
-            f"max_length is at most the model's {positions} positions (max_position_embeddings), got {max_length}. "
-            f"Pass max_length={positions} or less."
+            f"max_length is at most the model's {positions} positions (max_position_embeddings="
+            f"{config.max_position_embeddings}), got {max_length}. Pass max_length={positions} or less."
         )
     return max_length
 

@@ -15,6 +15,7 @@ from ..masks import allowed
 from ..packing import Tokens
 from ..patterns import layer_patterns
 from .run_record import git_commit, versions
+from .windows import positions_of
 
 FROM_SCRIPT = {
     "fill-mask": "AutoModelForMaskedLM",
@@ -281,7 +282,7 @@ def write_card(
     hashes = [(split, f"`{found}`") for split, found in (data_hashes or {}).items()]
     made_with = [("hardware", _hardware(arguments)), ("commit of the code", git_commit() or "not in git"),
                  *versions().items()]  # fmt: skip
-    recipe, longest = _recipe([*options, arguments]), getattr(config, "max_position_embeddings", None)
+    recipe, longest = _recipe([*options, arguments]), positions_of(config)
     sections = {
         "How to load it": HOW_TO_LOAD.format(auto_class=FROM_SCRIPT[pipeline_tag], name=hub_id),
         "Attention": attention_section(config),

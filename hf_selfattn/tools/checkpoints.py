@@ -17,6 +17,7 @@ from .safe_checkpoints import (
     step_of,
     why_not_whole,
 )
+from .sharing import prepare_repository
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TRAINER_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
@@ -164,12 +165,15 @@ def checkpoint_to_resume(value, output_dir):
 def prepare_output_dir(arguments, resume_from):
     """Refuse to mix two runs: checkpoints are told apart by step alone, and the newest would be the wrong one.
 
+    The repository of `--push_to_hub` is made here, too, before any work.
     What an interrupted run left of a checkpoint is no obstacle; it is deleted. So call this and, before it,
     `checkpoint_to_resume` under one `main_process_first`: no process looks for checkpoints while another deletes.
     """
     folder = Path(arguments.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {str(folder)!r} is a file. Pass a folder.")
+    if arguments.should_save:
+        prepare_repository(arguments)
     if arguments.do_train:
         found = checkpoint_folders(folder)
         goes_on = resume_from is not None and Path(resume_from).resolve().parent == folder.resolve()

@@ -248,7 +248,7 @@ def told(certificate) -> str:
     """The certificate in a few lines."""
     lines = [f"{certificate['source']['name']} -> {certificate['result']}"]
     for dtype, errors in certificate["proof"]["errors"].items():
-        held = f", {errors['tolerance']:g} allowed" if "tolerance" in errors else ""
+        held = f", {errors['tolerance']:g} allowed" if "tolerance" in errors else ", its rounding"
         lines.append(f"  {dtype}: largest error {errors['largest']:.3g} ({errors['of']}{held})")
     lines += [f"  dropped: {', '.join(certificate['dropped'])}"] if certificate["dropped"] else []
     lines += [f"  added: {', '.join(certificate['added'])}"] if certificate["added"] else []
@@ -278,6 +278,8 @@ def main(arguments=None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(told(certificate))
+    before = " (proven before the changes)" if certificate["changed"] else ""
+    print(f"Saved in {given['out']}, with {CERTIFICATE}{before}.")
     return 0
 
 

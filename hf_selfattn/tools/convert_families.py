@@ -98,6 +98,8 @@ OFFSET = (
     "longformer",
     "roberta-prelayernorm",
     "xlm-roberta-xl",
+    "mpnet",
+    "ibert",
 )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from .opening import check_source_of_model
 from .tokenizer import check_tokenizer, open_tokenizer
+from .windows import positions_of
 
 PARTS = ("masked_lm", "blimp", "suite")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,7 +106,7 @@ def open_masked_lm(arguments):
 
 def longest_row(tokenizer, config):
     """Tokens in the longest row that the model reads, special tokens included."""
-    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limits = (positions_of(config), tokenizer.model_max_length)
     return min(limit for limit in limits if limit is not None)
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .checkpoints import check_model_folder
 from .recipes import nearest
 from .tokenizer import check_tokenizer, open_tokenizer, save_tokenizer, train_tokenizer
+from .windows import positions_of
 
 logger = logging.get_logger(__name__)
 
@@ -159,7 +160,7 @@ def open_config(arguments, tokenizer, **changes):
 
 def fit_inputs(tokenizer, config):
     """Let the tokenizer, as it is saved with the model, make what this model reads: its length, its token types."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     types = getattr(config, "type_vocab_size", None)

@@ -14,7 +14,7 @@ from ..patterns import layer_patterns
 from .opening import new_config, open_config
 from .optimizers import hidden_matrices
 from .tokenizer import open_tokenizer
-from .windows import window_length
+from .windows import positions_of, window_length
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -279,7 +279,7 @@ def plan_pretraining(model_arguments, arguments, training):
         config = new_config(model_arguments, vocab_size=vocab_size)
     length = arguments.max_seq_length
     if length is None:
-        length = min(getattr(config, "max_position_embeddings", None) or 512, 512)
+        length = min(positions_of(config) or 512, 512)
     length = window_length(length, None, config)
     made = make_plan(config, training, length, arguments.mlm_probability, model_arguments.attn_implementation)
     made.remarks[:0] = remarks

@@ -5,7 +5,7 @@ import json
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, create_repo
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
@@ -25,6 +25,25 @@ MODEL_FILES = (
 CHECKPOINT_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth",
                     "trainer_state.json", "resume.json", "stream-*.json", COMPLETE)  # fmt: skip
 """What a run needs to go on, beside the model."""
+
+
+def prepare_repository(arguments):
+    """Make the repository of `--push_to_hub`, if it is not there, so that what stands against it is said at once.
+
+    Raises:
+        RuntimeError: no network, no login, no right to write there, a name that is none.
+    """
+    if not arguments.push_to_hub:
+        return
+    name = arguments.hub_model_id or Path(arguments.output_dir).absolute().name
+    try:
+        create_repo(name, token=arguments.hub_token, private=arguments.hub_private_repo, exist_ok=True)
+    except Exception as error:  # the client's own errors, and those of the library below it
+        raise RuntimeError(
+            f"--push_to_hub: the repository {name!r} cannot be made or reached: {type(error).__name__}: {error}. "
+            "Log in (`hf auth login`) and check --hub_model_id and the network; or leave --push_to_hub out and push "
+            "the folder afterwards (model.push_to_hub)."
+        ) from error
 
 
 def _without_folders(value):

@@ -165,4 +165,4 @@ class QuestionAnswering(Task):
     def predictions(self, rows, features, outputs):
         names = rows["id"] if "id" in rows.column_names else range(len(rows))
         for name, (answer, value) in zip(names, self.answers(rows, features, outputs), strict=True):
-            yield {"id": name, "prediction": answer, "score": round(value, 4)}
+            yield {"id": name, "prediction": answer, "score": float(f"{value:.4g}")}

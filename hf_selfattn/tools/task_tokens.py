@@ -1,5 +1,6 @@
 """A label for each word of a text."""
 
+import functools
 import re
 
 import numpy as np
@@ -35,7 +36,10 @@ def as_in_text(words):
 
 
 class TokenClassification(Task):
-    """Each word is judged by its first token; the others have no label. Long texts are cut between words."""
+    """Each word is judged by its first token with text; the others have no label. Long texts are cut between words.
+
+    (Where a blank is a token of its own, pipelines find no text in it.)
+    """
 
     name = "token-classification"
     auto_class = AutoModelForTokenClassification
@@ -118,6 +122,13 @@ class TokenClassification(Task):
         room = encoder.frame.room(encoder.max_seq_length)
         before, unknown = len(encoder.frame.before), encoder.tokenizer.unk_token_id
 
+        @functools.cache
+        def is_blank(number):
+            return not encoder.tokenizer.decode([number]).strip()
+
+        def first_with_text(part):
+            return next((place for place, number in enumerate(part) if not is_blank(number)), 0)
+
         def encode(batch, indices):
             made = []
             for index, words in zip(indices, batch[self.word_column], strict=True):
@@ -131,7 +142,8 @@ class TokenClassification(Task):
                 for start, stop in bounds:
                     parts = [piece[:room] for piece in pieces[start:stop]]
                     row = encoder.frame.row([number for part in parts for number in part])
-                    places = (before + np.cumsum([0, *[len(part) for part in parts[:-1]]])).tolist()
+                    starts = before + np.cumsum([0, *[len(part) for part in parts[:-1]]])
+                    places = (starts + [first_with_text(part) for part in parts]).tolist()
                     row |= {"places": places, "first_word": start, "example": index}
                     row["long"] = sum(map(len, pieces)) > room
                     if labelled:

@@ -8,21 +8,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
+from .convert_families import position_offset
+
 logger = logging.get_logger(__name__)
 
 LONG_TEXTS = ("split", "truncate", "refuse")
 
 
+def positions_of(config):
+    """How many tokens, special ones included, the model has positions for; None: its config sets no limit.
+
+    (Models of RoBERTa's kind have rows in their table of positions that no token uses. XLNet says -1 for no limit.)
+    """
+    rows = getattr(config, "max_position_embeddings", None)
+    return None if rows is None or rows < 1 else rows - position_offset(config)
+
+
 def window_length(max_seq_length, tokenizer, config):
     """The number of tokens in a row, special tokens included: what is asked for, within the model's positions."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if max_seq_length is None:
         limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None]
         return min([*limits, 512])
     if positions is not None and max_seq_length > positions:
         raise ValueError(
             f"--max_seq_length {max_seq_length} is longer than the model's {positions} positions "
-            f"(max_position_embeddings). Pass --max_seq_length {positions} or less, or a model with more positions."
+            f"(max_position_embeddings={config.max_position_embeddings}). Pass --max_seq_length {positions} or less, "
+            f"or a model with more positions."
         )
     return max_seq_length
 
