@@ -373,6 +373,26 @@ def another_dtype_in_the_config(folder):
     return {"name": folder}
 
 
+@animal(errors="opening", what="config.json is refused: .*ValueError: hidden_size .*num_attention_heads")
+def a_config_that_is_refused(folder):
+    set_in(ours(folder)["name"], "config.json", num_attention_heads=3)
+    return {"name": folder}
+
+
+@animal(errors="opening", what="config.json is refused: .*hidden_size.*TypeError: .*expected int, got str")
+def a_config_with_a_word_for_a_number(folder):
+    set_in(ours(folder)["name"], "config.json", hidden_size="wide")
+    return {"name": folder}
+
+
+@animal(errors="forward", what="plain batch .*ValueError: memory_length goes with SelfAttnModel")
+def a_memory_below_a_head(folder):
+    config = AutoConfig.for_model(
+        "selfattn", **SIZES, causal=True, memory_length=8, position_encoding="transformer_xl"
+    )
+    return saved(folder, AutoModelForMaskedLM, config)
+
+
 # Labels and data
 
 

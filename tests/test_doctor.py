@@ -17,15 +17,22 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BartConfig,
+    BertForPreTraining,
     DistilBertConfig,
     GPT2Config,
     ModernBertConfig,
     TrainingArguments,
+    ViTConfig,
+    XLMConfig,
+    XLNetConfig,
 )
 from transformers.utils import logging
 
 from hf_selfattn.tools.doctor import CHECKS, Finding, diagnose, examine, main
-from hf_selfattn.tools.doctor_examination import open_checkpoint
+from hf_selfattn.tools.doctor_attention import check_order
+from hf_selfattn.tools.doctor_opening import add_data, open_checkpoint
+from hf_selfattn.tools.doctor_weights import check_names
 
 from . import doctor_zoo
 from .doctor_zoo import NAMES, SIZES, ZOO, saved, set_in
@@ -153,6 +160,15 @@ def test_nothing_is_found_in_the_quickstart():
 
 FRAME = {"bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 _SMALL = {"vocab_size": SIZES["vocab_size"], "pad_token_id": 0}
+_TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+_TINY_BART = {
+    **_SMALL,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
 STOCK = {
     "bert": (
         doctor_zoo.BertConfig(**SIZES, max_position_embeddings=64),
@@ -179,6 +195,24 @@ STOCK = {
         "no labels",
         "padding, documents",
     ),
+    "xlnet": (
+        XLNetConfig(**_SMALL, d_model=32, n_layer=2, n_head=2, d_inner=48),
+        "accumulation, gradients, no labels",
+        "documents",
+    ),
+    "xlm": (
+        XLMConfig(
+            n_words=SIZES["vocab_size"],
+            pad_token_id=0,
+            mask_token_id=4,
+            emb_dim=32,
+            n_layers=2,
+            n_heads=2,
+            max_position_embeddings=64,
+        ),
+        "accumulation, no labels",
+        "padding, documents",
+    ),
 }
 """Stock models: (config, what is warned of, what is noted). All of it is true of them: docs/doctor.md."""
 
@@ -186,7 +220,7 @@ STOCK = {
 @pytest.mark.parametrize("name", STOCK)
 def test_what_is_said_of_healthy_stock_models(name, tmp_path):
     config, warned, noted = STOCK[name]
-    auto_class = AutoModelForCausalLM if name == "gpt2" else AutoModelForMaskedLM
+    auto_class = AutoModelForCausalLM if name in ("gpt2", "xlnet") else AutoModelForMaskedLM
     saved(tmp_path, auto_class, config)
     set_in(tmp_path, "config.json", **FRAME)
     set_in(tmp_path, "tokenizer_config.json", model_max_length=64, tokenizer_class="TokenizersBackend")
@@ -255,14 +289,13 @@ def test_a_name_on_the_hub(tmp_path):
         )
     assert told.stdout.splitlines()[-1:] == ["[1, 2]"], told.stderr
     assert "ERROR [special tokens] The pad token has id 0 in the tokenizer, and 7 in config.json." in told.stdout
-    assert "ann/not-there cannot be opened" in told.stderr
+    assert "ann/not-there cannot be examined" in told.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
         ("nothing", "is not a folder"),
-        ("config", "config.json is refused: StrictDataclassFieldValidationError"),
         ("empty", "no config.json"),
         ("recipe.yaml", "is not a file"),
         ("list.yaml", "mapping"),
@@ -271,9 +304,70 @@ def test_a_name_on_the_hub(tmp_path):
 def test_what_cannot_be_opened(name, what, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.yaml").write_text("- 1\n")
-    set_in(doctor_zoo.ours(tmp_path / "config")["name"], "config.json", hidden_size="wide")
     assert main([str(tmp_path / name)]) == 2
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (BartConfig(**_TINY_BART), "is_encoder_decoder .*'bart'"),
+        (ViTConfig(**_TINY, image_size=16, patch_size=8), "ViTModel reads pixel_values"),
+    ],
+    ids=["bart", "vit"],
+)
+def test_what_is_no_encoder_or_decoder_of_token_ids_is_refused(config, what, tmp_path, capsys):
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert re.search(what, capsys.readouterr().err)
+
+
+def test_columns_that_are_not_there_or_hold_no_text(tmp_path):
+    arguments = doctor_zoo.classifier_with_data(tmp_path)
+    rows = [{"text": "a", "length": 1, "words": ["a", "b"], "label": "cold"}]
+    arguments["data"] = doctor_zoo.write_rows(tmp_path / "few.jsonl", rows)
+    for options, what in (
+        ({"label_column": "lable"}, "--label_column: there is no column 'lable'.*Did you mean 'label'"),
+        ({"text_columns": ["txt"]}, "--text_columns: there is no column 'txt'"),
+        ({"text_columns": ["text", "length"]}, r"--text_columns: column 'length' holds Value\('int64'\), not text"),
+        ({"text_columns": ["words"]}, "--text_columns: there is no column 'words'"),  # in the validation data
+    ):
+        with pytest.raises(ValueError, match=what):
+            examine(**{**arguments, **options})
+    examination = open_checkpoint(arguments["name"])
+    add_data(examination, arguments["data"], text_columns=["words"])
+    assert (examination.texts("train"), examination.label_column) == (["a b"], None)
+
+
+def test_a_model_with_few_positions_is_examined_within_them(tmp_path):
+    config = AutoConfig.for_model("selfattn", **SIZES, position_encoding="learned", max_position_embeddings=4)
+    saved(tmp_path, AutoModelForMaskedLM, config)
+    set_in(tmp_path, "tokenizer_config.json", model_max_length=4)
+    assert examine(tmp_path) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_is_seen_in_small_new_models_that_judge_whole_texts(seed, tmp_path):
+    torch.manual_seed(seed)
+    for auto_class in (AutoModelForMultipleChoice, AutoModelForSequenceClassification):
+        config = AutoConfig.for_model("selfattn", **{**SIZES, "hidden_size": 16, "num_hidden_layers": 1})
+        auto_class.from_config(config).save_pretrained(tmp_path)
+        assert list(check_order(open_checkpoint(tmp_path))) == []
+
+
+def test_positions_without_effect_below_a_head_that_judges_whole_texts(tmp_path):
+    model = AutoModelForSequenceClassification.from_config(doctor_zoo.BertConfig(**SIZES))
+    torch.nn.init.zeros_(model.bert.embeddings.position_embeddings.weight)
+    model.save_pretrained(tmp_path)
+    (found,) = check_order(open_checkpoint(tmp_path))
+    assert found.severity == "error"
+
+
+def test_weights_of_other_heads_are_a_note(tmp_path):
+    BertForPreTraining(doctor_zoo.BertConfig(**SIZES)).save_pretrained(tmp_path)
+    (found,) = check_names(open_checkpoint(tmp_path))
+    assert found.severity == "note"
+    assert "4 weights in the file are of a pooler or a head that BertForMaskedLM does not have" in found.what
 
 
 def test_options_that_do_not_go_together(tmp_path):

@@ -31,7 +31,8 @@ from . import doctor_recipes as recipes
 from . import doctor_tokenizer as tokenizer
 from . import doctor_training as training
 from . import doctor_weights as weights
-from .doctor_examination import SEVERITIES, Check, Examination, Finding, add_data, first_line, open_checkpoint
+from .doctor_examination import SEVERITIES, Check, Examination, Finding, first_line
+from .doctor_opening import add_data, open_checkpoint
 from .doctor_recipes import open_recipe
 from .run_record import versions
 
@@ -51,14 +52,13 @@ TRAINS = {"needs": ("model", "of_head"), "after": (*WORKS, "tying", "repeatable"
 CHECKS = (
     Check("format", files.check_format, ("folder",)),
     Check("private", files.check_private, ("folder",)),
-    Check("code", files.check_code, ("folder",)),
+    Check("code", files.check_code, ("folder", "config")),
     Check("portable", tokenizer.check_portable, ("folder", "tokenizer")),
     Check("vocabulary", tokenizer.check_vocabulary, ("tokenizer",)),
     Check("special tokens", tokenizer.check_special_tokens, ("tokenizer",)),
     Check("frame", tokenizer.check_frame, ("tokenizer",)),
     Check("texts survive", tokenizer.check_texts_survive, ("tokenizer",)),
     Check("length", tokenizer.check_length, ("tokenizer",)),
-    Check("inputs", tokenizer.check_inputs, ("tokenizer", "model")),
     Check("label names", data.check_label_names, ("config",)),
     Check("labels", data.check_labels, ("data", "label_column")),
     Check("texts", data.check_texts, ("data",)),
@@ -71,6 +71,7 @@ CHECKS = (
     Check("dtype", weights.check_dtype, ("loading",)),
     Check("buffers", weights.check_buffers, ("model",)),
     Check("forward", attention.check_forward, ("model",), WORKS[:-1]),
+    Check("inputs", tokenizer.check_inputs, ("tokenizer", "model"), ("forward",)),
     Check("repeatable", attention.check_repeatable, ("model",), WORKS),
     Check("padding", attention.check_padding, ("model",), (*WORKS, "repeatable")),
     Check("empty row", attention.check_empty_row, ("model",), (*WORKS, "padding")),
@@ -165,7 +166,8 @@ def examine(
         Findings, worst first; none for what is healthy.
 
     Raises:
-        OSError, ValueError: nothing can be opened: no such folder, name or recipe, or a config that is unreadable.
+        OSError, ValueError: nothing can be examined: no such folder, name or recipe, a model that is no encoder or
+            decoder of token ids, or options or data that do not fit.
     """
     of_data = {
         "data": data,
@@ -217,7 +219,7 @@ def main(argv=None):
     try:
         findings = examine(**options, tell=tell)
     except (OSError, ValueError) as refusal:
-        print(f"{options['name']} cannot be opened: {refusal}", file=sys.stderr)
+        print(f"{options['name']} cannot be examined: {refusal}", file=sys.stderr)
         return 2
     if path is not None:
         told = {

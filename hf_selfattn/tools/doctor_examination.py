@@ -1,6 +1,5 @@
-"""What the doctor looks at: a checkpoint, opened as far as it can be, and what it says of it."""
+"""What the doctor looks at, a model with all that belongs to it, and what it says of it."""
 
-import contextlib
 import copy
 import inspect
 from collections.abc import Callable
@@ -9,22 +8,21 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import transformers
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
 
-from .checkpoints import check_model_folder
-from .convert_families import AUTO_CLASSES, head_of, position_offset
-from .sources import FORMATS, SourceArguments, find_text_column, is_text, load_source
-from .tokenizer import open_tokenizer
+from .convert_families import AUTO_CLASSES
+from .windows import positions_of
 
 SEVERITIES = ("error", "warning", "note")
 """Worst first: what gives wrong results or stops a run; what does so under a condition that is named; what to know."""
 
 HEADS = {**AUTO_CLASSES, "causal_lm": "AutoModelForCausalLM"}
 """The Auto class of each head that is examined."""
+
+LENGTHS = (13, 8, 5)
+"""Tokens of the texts that are compared; fewer where the model has fewer positions."""
 
 SAMPLE_TEXTS = (
     "The quick brown fox jumps over the lazy dog, and nobody asked why.",
@@ -75,9 +73,10 @@ def listed(names, most=4):
 
 
 def first_line(exception):
-    """What an exception says, in one line."""
-    text = str(exception).strip()
-    return f"{type(exception).__name__}: {text.splitlines()[0] if text else 'no message'}"
+    """What an exception says, in one line: its first, and what follows as long as a line ends with a colon."""
+    lines = [line.strip() for line in str(exception).strip().splitlines()] or ["no message"]
+    end = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines)) + 1
+    return f"{type(exception).__name__}: {' '.join(lines[:end])}"
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,13 @@ class Examination:
     @property
     def positions(self):
         """Tokens that a text may have; None: any number."""
-        limit = getattr(self.config, "max_position_embeddings", None)
-        return limit if limit is None or limit < 1 else limit - position_offset(self.config)
+        return positions_of(self.config)
+
+    @property
+    def lengths(self):
+        """Tokens of the texts that are compared: LENGTHS, within the model's positions."""
+        limit = self.positions or LENGTHS[0]
+        return [max(2, min(length, limit - i)) for i, length in enumerate(LENGTHS)]
 
     @cached_property
     def ordinary_ids(self):
@@ -202,10 +206,19 @@ class Examination:
             return torch.stack((outputs.start_logits, outputs.end_logits), dim=-1)
         return outputs.last_hidden_state if self.head == "base" else outputs.logits
 
+    @torch.no_grad()
+    def of_tokens(self, ids, model):
+        """(B, N, …) answers for each token of ids (B, N): those of the encoder where the model judges whole texts."""
+        if self.judges_tokens:
+            return self.answers(ids, model=model)
+        return model.base_model(input_ids=ids).last_hidden_state
+
     @property
     def is_causal(self):
         """Whether the model is meant to see what is before a token alone."""
         config = self.config
+        if config.model_type == "xlnet":  # listed among causal models, and sees both ways unless told otherwise
+            return config.attn_type == "uni"
         only = config.model_type in CAUSAL_NAMES and config.model_type not in MASKED_NAMES
         return (
             only
@@ -242,114 +255,3 @@ def new_model(model, config=None, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(model)._from_config(config, attn_implementation=model.config._attn_implementation).float().eval()
-
-
-def head_of_checkpoint(config):
-    """A key of HEADS, from the class that the config names; "base" where that is none of these."""
-    if (config.architectures or [""])[0].endswith(("ForCausalLM", "LMHeadModel")):
-        return "causal_lm"
-    try:
-        return head_of(config)
-    except ValueError:
-        return "base"
-
-
-def _files_of(name):
-    """The folder of a checkpoint; what has a name on the Hub is fetched."""
-    if Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        return Path(name).expanduser()
-    small = ["*.json", "*.txt", "*.py", "*.model", "*.jinja", "merges.txt"]
-    folder = Path(snapshot_download(str(name), allow_patterns=[*small, "*.safetensors"]))
-    if not any(folder.glob("*.safetensors")):
-        snapshot_download(str(name), allow_patterns=[*small, "*.bin"])
-    return folder
-
-
-def open_checkpoint(name, *, trust_remote_code=False, kernel=None):
-    """An Examination of a folder or a name on the Hub.
-
-    Raises:
-        OSError: no such folder, nothing by that name on the Hub, or no config.json in it.
-        ValueError: a config.json that cannot be read.
-    """
-    folder = _files_of(name)
-    if not (folder / "config.json").is_file():
-        check_model_folder(folder)  # says what is there instead
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as refusal:  # remote code and the checks of a config raise whatever they like
-        raise ValueError(f"its config.json is refused: {first_line(refusal)}") from refusal
-    examination = Examination(str(name), folder, config, trust_remote_code=trust_remote_code, kernel=kernel)
-    examination.head = head_of_checkpoint(config)
-    try:
-        examination.tokenizer = open_tokenizer(folder, trust_remote_code=trust_remote_code)
-    except Exception as refusal:
-        examination.troubles.append(
-            Finding(
-                "warning",
-                "opening",
-                f"No tokenizer can be opened: {first_line(refusal)}",
-                "Save the tokenizer beside the model (tokenizer.save_pretrained); without it nobody can use the model "
-                "as it was trained.",
-            )
-        )
-    _open_model(examination)
-    return examination
-
-
-@contextlib.contextmanager
-def garbage_is_nan():
-    """Memory that nothing has written to holds NaN, and not by chance the right numbers."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-
-
-def _open_model(examination):
-    auto_class = getattr(transformers, HEADS[examination.head])
-    chosen = {} if examination.kernel is None else {"attn_implementation": examination.kernel}
-    try:
-        check_model_folder(examination.folder)
-        with garbage_is_nan(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            examination.model, examination.loading = auto_class.from_pretrained(
-                examination.folder,
-                config=copy.deepcopy(examination.config),
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=examination.trust_remote_code,
-                **chosen,
-            )
-        examination.model.eval()
-    except Exception as refusal:
-        examination.troubles.append(
-            Finding(
-                "error",
-                "opening",
-                f"The model cannot be opened: {first_line(refusal)}",
-                "Do what the message says; nothing about the weights was examined.",
-            )
-        )
-
-
-def add_data(examination, train, validation=None, text_columns=None, label_column=None):
-    """Rows for a checkpoint: files or names of data sets; labels are in `label_column`, or in `label` if there is one.
-
-    Raises:
-        FileNotFoundError, ValueError: as `sources.load_source`.
-    """
-    splits = {}
-    for split, source in (("train", train), ("validation", validation)):
-        if source is not None:
-            is_file = Path(source).suffix.lstrip(".") in FORMATS
-            named = {"train_file": [str(source)]} if is_file else {"dataset_name": str(source)}
-            splits[split] = load_source(SourceArguments(**named), evaluate=False)["train"]
-    rows = splits["train"]
-    examination.data = splits
-    examination.text_columns = list(text_columns or [find_text_column(rows, None, "--text_columns")])
-    labels = [name for name in ("label", "labels") if name in rows.column_names and not is_text(rows, name)]
-    examination.label_column = label_column or next(iter(labels), None)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForMaskedLM
 
-from .doctor_examination import Examination, Finding, error, garbage_is_nan, head_of_checkpoint, warning
+from .doctor_examination import Examination, Finding, error, warning
+from .doctor_opening import garbage_is_nan, head_of_checkpoint
 from .opening import ModelArguments, check_source_of_model, open_config, open_model, prepare_tokenizer
 from .packed_rows import PackedRows, PackingCollator, choose_packing
 from .plan import GIB, plan_pretraining

@@ -157,6 +157,7 @@ def check_inputs(examination):
     model, batch = examination.model, examination.tokenizer("one", "two", return_tensors="pt")
     types = getattr(examination.config, "type_vocab_size", None)
     largest = int(batch["token_type_ids"].max()) if "token_type_ids" in batch else 0
+    room = examination.positions or batch["input_ids"].shape[1]
     refused = [name for name in batch if not examination.takes(name)]
     without = "in tokenizer_config.json, or open the tokenizer that the model was trained with."
     if refused:
@@ -173,6 +174,7 @@ def check_inputs(examination):
     elif (
         examination.head != "multiple_choice"
         and int(batch["input_ids"].max()) < model.get_input_embeddings().weight.shape[0]
+        and batch["input_ids"].shape[1] <= room
     ):
         try:
             model(**batch)

@@ -8,6 +8,16 @@ from safetensors import safe_open
 
 from .doctor_examination import error, listed, new_model, note, warning
 
+OTHER_HEADS = {
+    "pooler",
+    "seq_relationship",
+    "sop_classifier",
+    "discriminator_predictions",
+    "mask_predictions",
+    "lm_predictions",
+}
+"""Modules that pretrained checkpoints bring and most classes leave out."""
+
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Names of floating types in safetensors and in torch."""
 
@@ -29,11 +39,19 @@ def check_names(examination):
             f"new and random: {listed(mismatched)}.",
             "Correct the sizes in config.json (vocab_size, num_labels, max_position_embeddings, …).",
         )
-    if loading["unexpected_keys"]:
+    of_heads = [name for name in loading["unexpected_keys"] if OTHER_HEADS & set(name.split("."))]
+    unexpected = set(loading["unexpected_keys"]) - set(of_heads)
+    if unexpected:
         yield warning(
-            f"{len(loading['unexpected_keys'])} weights in the file belong to no part of {kind}, so they are left "
-            f"out: {listed(loading['unexpected_keys'])}.",
+            f"{len(unexpected)} weights in the file belong to no part of {kind}, so they are left out: "
+            f"{listed(unexpected)}.",
             again,
+        )
+    if of_heads:
+        yield note(
+            f"{len(of_heads)} weights in the file are of a pooler or a head that {kind} does not have, so they are "
+            f"left out: {listed(of_heads)}.",
+            "Nothing; where that head is wanted, open the checkpoint with its class.",
         )
 
 
@@ -165,7 +183,7 @@ def check_saving(examination):
     before, after = model.state_dict(), again.state_dict()
     wrong = [name for name in before.keys() | after.keys()
              if name not in before or name not in after or not torch.equal(before[name], after[name])]  # fmt: skip
-    ids = examination.ids([7, 7])
+    ids = examination.ids(examination.lengths)
     if wrong:
         yield error(
             f"{len(wrong)} weights are not the same after save_pretrained and from_pretrained: {listed(wrong)}.",
