@@ -1,4 +1,4 @@
-"""Processes that train together."""
+"""Processes that train together, and processes in which a package is not there."""
 
 import datetime
 import json
@@ -54,3 +54,18 @@ def _one_of(rank, port, size, function, cases, folder):
     if rank == 0:
         (Path(folder) / "answers.json").write_text(json.dumps(answers))
     distributed.destroy_process_group()
+
+
+def where_refused(*packages: str) -> str:
+    """The beginning of a script for which these packages are not there."""
+    return f"""
+import sys
+
+class Refused:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+
+sys.meta_path.insert(0, Refused)
+"""

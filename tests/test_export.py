@@ -22,6 +22,7 @@ from hf_selfattn.tools import export_graph
 from hf_selfattn.tools.convert_families import AUTO_CLASSES
 from hf_selfattn.tools.export import DEFAULT_OPSET, FILES, OPSETS, ORDER, export, export_reasons, main
 
+from .processes import where_refused
 from .tolerances import assert_close
 from .train_scripts import tiny_tokenizer
 
@@ -300,17 +301,10 @@ def test_learned_positions_end(format, make_config, make_model, tmp_path):
 
 
 # Run where neither this package nor transformers can be imported.
-ELSEWHERE = """
+ELSEWHERE = (
+    where_refused("hf_selfattn", "transformers")
+    + """
 import json, sys
-
-class Refused:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] in ("hf_selfattn", "transformers"):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, Refused)
-
 import torch
 
 torch.set_num_threads(1)
@@ -326,6 +320,7 @@ for folder in sys.argv[1:]:
     told[folder] = max(errors)
 print(json.dumps(told))
 """
+)
 
 
 def test_a_process_without_this_package(make_config, make_model, tmp_path):

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 import hf_selfattn
 from hf_selfattn import AUTO_MAP, SelfAttnConfig, SelfAttnForMaskedLM
 
+from .processes import where_refused
+
 SIZES = {
     "vocab_size": 43,
     "hidden_size": 20,
@@ -270,17 +272,10 @@ class TestFiles:
 
 # Run where `hf_selfattn` cannot be imported. Opens each folder with each Auto class, says what differs from what was
 # saved, and saves it again for the next such process.
-ELSEWHERE = """
+ELSEWHERE = (
+    where_refused("hf_selfattn")
+    + """
 import json, sys
-
-class Refused:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "hf_selfattn":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, Refused)
-
 import torch, transformers
 
 torch.set_num_threads(1)
@@ -320,6 +315,7 @@ for saved_as, folder in arguments["folders"].items():
 print()  # the question that was asked above has no end of line
 print(json.dumps({"problems": problems, "opened": opened, "package": "hf_selfattn" in sys.modules}))
 """
+)
 
 
 def elsewhere(folders, expected, again, modules_cache):

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from hf_selfattn import SelfAttnConfig, SelfAttnForMaskedLM
 from hf_selfattn.tools.tokenizer import save_tokenizer
 
+from .processes import where_refused
 from .test_save_load import CODE
 from .tolerances import assert_close
 from .train_scripts import sentences, tiny_tokenizer
@@ -255,17 +256,10 @@ def test_adapters(folder, tmp_path):
 
 
 # Run where `hf_selfattn` cannot be imported.
-ELSEWHERE = """
+ELSEWHERE = (
+    where_refused("hf_selfattn")
+    + """
 import json, sys
-
-class Refused:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.split(".")[0] == "hf_selfattn":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, Refused)
-
 import torch
 from sentence_transformers import SentenceTransformer
 
@@ -276,6 +270,7 @@ torch.save(model.encode(told["texts"], convert_to_tensor=True, show_progress_bar
 model.save(told["again"])
 print(json.dumps({"module": type(model[0].auto_model).__module__.split(".")[0], "length": model.max_seq_length}))
 """
+)
 
 
 def test_opens_without_the_package(folder, tmp_path):
