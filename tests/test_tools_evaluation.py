@@ -399,7 +399,10 @@ class TestWhatIsRefused:
         model.config.max_position_embeddings = 20
         with pytest.raises(ValueError, match=r"rows of at most 20 tokens, got --max_seq_length 128. Pass 20 or less"):
             masked_token_metrics(model, tiny_tokenizer(), TEXTS)
-        with pytest.raises(ValueError, match=r"at most 20 tokens, and a window of document 0 has .* below 384"):
+        with pytest.raises(
+            ValueError,
+            match=r"The model reads .* at most 20 tokens, and the longest window of 384 .* --window_bytes \d+ or less",
+        ):
             masked_word_metrics(model, tiny_tokenizer(), TEXTS)
 
     def test_nothing_to_mask(self, model):

@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
+
+from hf_selfattn.tools.tokenizer import save_tokenizer
 
 from .train_scripts import (
     ROOT,
@@ -11,6 +14,7 @@ from .train_scripts import (
     script,
     sentences,
     tiny_model_folder,
+    tiny_tokenizer,
     write_rows,
     write_texts,
 )
@@ -107,6 +111,19 @@ def test_what_is_missing_is_said_before_anything_is_measured(evaluate, files, tm
         evaluate.main([*command, "--validation_file", str(tmp_path / "nothing.txt")])
     with pytest.raises(ValueError, match=r"no column 'texts'. Columns there: text. Did you mean 'text'"):
         evaluate.main([*command, "--text_column", "texts"])
+
+
+def test_a_model_that_is_too_short_is_said_before_another_is_measured(evaluate, files, tmp_path, monkeypatch):
+    config = BertConfig(vocab_size=len(tiny_tokenizer()), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=24, max_position_embeddings=128)  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(tmp_path / "short")
+    save_tokenizer(tiny_tokenizer(), tmp_path / "short")
+    measured, text = [], write_texts(tmp_path / "long.txt", [" ".join(sentences(60))])
+    monkeypatch.setattr(evaluate, "masked_token_metrics", lambda *args, **kwargs: measured.append(args))
+    command = [*files, "--model_name_or_path", tiny_model_folder(), str(tmp_path / "short"), "--parts", "masked_lm"]
+    with pytest.raises(ValueError, match=r"short reads .* 128 tokens, and the longest window of 4000 bytes has"):
+        evaluate.main([*command, "--window_bytes", "4000", "--validation_file", text])
+    assert not measured
 
 
 def test_the_recipes_of_the_suite(evaluate):

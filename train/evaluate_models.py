@@ -28,7 +28,7 @@ import hf_selfattn  # noqa: F401  registers the model with the Auto classes
 from hf_selfattn.tools.blimp import PUBLISHED, blimp_metrics, first_of_each_paradigm, load_blimp
 from hf_selfattn.tools.card import hash_of_rows
 from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm
-from hf_selfattn.tools.evaluation_masked import masked_token_metrics, masked_word_metrics
+from hf_selfattn.tools.evaluation_masked import check_windows, masked_token_metrics, masked_word_metrics
 from hf_selfattn.tools.evaluation_results import Results, blimp_table, identity_of_model, masked_table, suite_table
 from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite, suite_baselines
 from hf_selfattn.tools.fast_defaults import accelerator_available, keep_memory
@@ -74,12 +74,22 @@ def without_training(arguments, data, results):
     if "blimp" in data:
         measures["blimp"] = (blimp_metrics, "blimp", data["blimp"], {})
     hashes = {part: hash_of_rows(rows) for part, rows in data.items()}
-    scores = {}
+    keys, scores = {}, {}
     for name in arguments.model_name_or_path:
         about = {"model": name, "identity": identity_of_model(name, trust_remote_code=arguments.trust_remote_code)}
+        keys[name] = {
+            measure: {"part": measure, **about, "data": hashes[part], "dtype": arguments.dtype, **options}
+            for measure, (_, part, _, options) in measures.items()
+        }
+        if any(key not in results for key in keys[name].values()):
+            # What cannot be measured is said before the first model is.
+            model, tokenizer = open_for(name, arguments)
+            if "masked_lm" in data:
+                check_windows(tokenizer, model.config, data["masked_lm"]["text"][:], arguments.window_bytes, name)
+    for name, of_model in keys.items():
         opened, scores[name] = None, {}
-        for measure, (function, part, rows, options) in measures.items():
-            key = {"part": measure, **about, "data": hashes[part], "dtype": arguments.dtype, **options}
+        for measure, key in of_model.items():
+            function, _, rows, options = measures[measure]
             if key not in results:
                 opened = opened or open_for(name, arguments)
                 results[key] = function(*opened, rows, **options, **how)

@@ -108,6 +108,26 @@ def words_in_windows(text, window_bytes):
     return windows
 
 
+def check_windows(tokenizer, config, texts, window_bytes, name="The model"):
+    """Refuse windows of `masked_word_metrics` that a model cannot read: before any model is measured.
+
+    Raises:
+        ValueError: the longest window has more tokens than the model's positions.
+    """
+    limit = longest_row(tokenizer, config)
+    pieces = [
+        (text or "")[words[0][0] : words[-1][1]]
+        for text in texts
+        for _, words in words_in_windows(text or "", window_bytes)
+    ]
+    longest = max((len(ids) for ids in tokenizer(pieces, verbose=False)["input_ids"]), default=0) if pieces else 0
+    if longest > limit:
+        raise ValueError(
+            f"{name} reads rows of at most {limit} tokens, and the longest window of {window_bytes} bytes has "
+            f"{longest}. Pass --window_bytes {window_bytes * limit // longest} or less, the same for all models."
+        )
+
+
 def _word_of_each_token(offsets, piece, words):
     """(which of the masked `words` each token is the first to touch, or -1; all masked words that tokens touch; the
     places of other characters that are in such tokens).
@@ -190,7 +210,8 @@ def masked_word_metrics(
             f"Windows have at least 1 byte and the masked share is above 0 and at most 1, got window_bytes "
             f"{window_bytes} and mlm_probability {mlm_probability}."
         )
-    asked, limit, windows = _WordQuestions(tokenizer), longest_row(tokenizer, model.config), 0
+    check_windows(tokenizer, model.config, texts, window_bytes)
+    asked, windows = _WordQuestions(tokenizer), 0
     for document, text in enumerate(texts):
         for first, words in words_in_windows(text or "", window_bytes):
             chosen = hashed_uniforms(seed, document, np.arange(first, first + len(words))) < mlm_probability
@@ -199,11 +220,6 @@ def masked_word_metrics(
             windows, begin = windows + 1, words[0][0]
             piece = text[begin : words[-1][1]]
             asked.add(piece, [(a - begin, b - begin) for (a, b), x in zip(words, chosen, strict=True) if x])
-            if len(asked.rows[-1]) > limit:
-                raise ValueError(
-                    f"The model reads rows of at most {limit} tokens, and a window of document {document} has "
-                    f"{len(asked.rows[-1])}. Pass a --window_bytes below {window_bytes} for all models."
-                )
     if not asked.row:
         raise ValueError("No word of the text is masked, so there is nothing to measure. Evaluate on more text.")
     log_probabilities, right = answers(
