@@ -1,6 +1,8 @@
 """Processes that train together, and processes in which a package is not there."""
 
 import datetime
+import faulthandler
+import gc
 import json
 import os
 import socket
@@ -40,16 +42,26 @@ def together(function, cases, folder: Path, size: int = 2) -> list:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    multiprocessing.spawn(_one_of, (port, size, function, list(cases), str(folder)), nprocs=size)
-    return json.loads((Path(folder) / "answers.json").read_text())
+    folder = Path(folder)
+    try:
+        multiprocessing.spawn(_one_of, (port, size, function, list(cases), str(folder)), nprocs=size)
+    except Exception as error:
+        for rank in range(size):  # pytest shows it far from the error, after all that the Trainer printed
+            error.add_note(f"Process {rank} ended with:\n{(folder / f'stderr-{rank}').read_text()[-4000:]}")
+        raise
+    return json.loads((folder / "answers.json").read_text())
 
 
 def _one_of(rank, port, size, function, cases, folder):
+    with open(Path(folder) / f"stderr-{rank}", "w") as file:
+        os.dup2(file.fileno(), 2)  # that of torch's own threads too
+    faulthandler.enable(all_threads=True)
     join(rank, port, size)
     distributed.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
     answers = []
     for case in cases:
         answers.append(function(case, Path(folder)))
+        gc.collect()  # what a case made is gone before the next begins, in all of them at the same place
         distributed.barrier()
     if rank == 0:
         (Path(folder) / "answers.json").write_text(json.dumps(answers))
