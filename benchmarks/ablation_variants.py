@@ -5,6 +5,7 @@
 What is worth its place becomes an option; the rest stays here, so that its row can be run again.
 """
 
+import itertools
 import runpy
 import sys
 
@@ -87,6 +88,38 @@ def averaged(share):
     PretrainingTrainer.__init__ = make
 
 
+def batch_ramp(sizes=(4, 8, 16, 32)):
+    """Batches of growing size, each for the same share of the budget (Smith et al. 2018, 1711.00489)."""
+    initial, trainers = PretrainingTrainer.__init__, []
+
+    def make(self, *args, **kwargs):
+        initial(self, *args, **kwargs)
+        trainers.append(self)
+
+    def batches(sampler):
+        rows = iter(sampler.sampler)
+        while True:
+            share = min(trainers[0].progress.share(), 0.999)
+            batch = list(itertools.islice(rows, sizes[int(share * len(sizes))]))
+            if not batch:
+                return
+            yield batch
+
+    PretrainingTrainer.__init__ = make
+    torch.utils.data.BatchSampler.__iter__ = batches
+
+
+def unigram_bias():
+    """The output layer's bias begins at the logarithm of each token's share of the training rows."""
+    initial = PretrainingTrainer.__init__
+
+    def make(self, *args, **kwargs):
+        initial(self, *args, **kwargs)
+        self.model.lm_head.bias.data.copy_(-kwargs["compute_metrics"].__self__.unigram_loss)
+
+    PretrainingTrainer.__init__ = make
+
+
 def sparse_predictions():
     """Stock BERT and ModernBERT make logits at labelled places alone while they train, as ours always does."""
     for stock, encoder, head in (
@@ -111,6 +144,8 @@ def _sparse(dense, encoder, head):
 
 VARIANTS = {
     "sparse_predictions": sparse_predictions,
+    "batch_ramp": batch_ramp,
+    "unigram_bias": unigram_bias,
     "zero_outputs": zero_outputs,
     "value_residuals": value_residuals,
     "averaged_20": lambda: averaged(0.2),

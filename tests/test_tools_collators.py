@@ -63,9 +63,12 @@ def test_epochs_and_seeds_mask_differently():
         assert 0.1 < shared < 0.5
 
 
-def test_shares_of_masked_random_and_kept_tokens():
+@pytest.mark.parametrize("shares", [(), (0.8, 0.1), (1.0, 0.0), (0.5, 0.0), (0.0, 0.5)], ids=str)
+def test_shares_of_masked_random_and_kept_tokens(shares):
     tokenizer, rows = tiny_tokenizer(), rows_of(3000)
-    batch = MaskingCollator(tokenizer, 0.15)(rows)
+    options = dict(zip(("mask_replace_prob", "random_replace_prob"), shares, strict=False))
+    of_mask, of_random = shares or (0.8, 0.1)
+    batch = MaskingCollator(tokenizer, 0.15, **options)(rows)
     original = torch.zeros_like(batch["input_ids"])
     for index, row in enumerate(rows):
         original[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
@@ -77,8 +80,9 @@ def test_shares_of_masked_random_and_kept_tokens():
     maskable = (~special & (batch["attention_mask"] == 1)).sum()
     assert abs(chosen.sum() / maskable - 0.15) < 0.003
     now = batch["input_ids"][chosen]
-    assert abs((now == tokenizer.mask_token_id).float().mean() - 0.8) < 0.02
-    assert abs((now == original[chosen]).float().mean() - 0.1) < 0.01
+    assert abs((now == tokenizer.mask_token_id).float().mean() - of_mask) < 0.02
+    drawn = of_random / (len(tokenizer) - len(tokenizer.all_special_ids))  # a random token may be the same again
+    assert abs((now == original[chosen]).float().mean() - (1 - of_mask - of_random) - drawn) < 0.015
     assert not torch.isin(now[now != tokenizer.mask_token_id], torch.tensor(tokenizer.all_special_ids)).any()
     assert batch["input_ids"].shape[1] % 8 == 0
 
@@ -87,6 +91,12 @@ def test_shares_of_masked_random_and_kept_tokens():
 def test_a_rate_that_is_none_is_refused(value):
     with pytest.raises(ValueError, match="mlm_probability is above 0 and at most 1"):
         MaskingCollator(tiny_tokenizer(), value)
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 0.1), (0.8, -0.1), (0.8, 0.3)], ids=str)
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match=r"mask_replace_prob and random_replace_prob are shares .* got"):
+        MaskingCollator(tiny_tokenizer(), 0.15, 0, 8, *shares)
 
 
 def test_data_workers_change_nothing():

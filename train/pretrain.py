@@ -13,7 +13,6 @@ Rows are filled with documents, or windows of long ones, and none sees another (
 --per_device_train_batch_size counts rows. Evaluation has one document a row and uses the same masks every time.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoModelForMaskedLM, set_seed
@@ -30,7 +29,7 @@ from hf_selfattn.tools.masking_rates import RatedRows, check_rate_end
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model, open_config, open_model, prepare_tokenizer
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator, choose_packing
 from hf_selfattn.tools.plan import flops_per_token, plan_pretraining
-from hf_selfattn.tools.pretraining import PretrainingScriptArguments, PretrainingTrainer
+from hf_selfattn.tools.pretraining import PretrainingArguments, PretrainingScriptArguments, PretrainingTrainer
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.run_record import write_run_record
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
@@ -38,30 +37,6 @@ from hf_selfattn.tools.streaming import StreamCollator, StreamedRows, check_trai
 from hf_selfattn.tools.tokenizer import save_tokenizer
 from hf_selfattn.tools.training import Rows, start_logging
 from hf_selfattn.tools.windows import as_rows, check_choice, check_token_ids, token_counts, window_length
-
-
-@dataclass
-class PretrainingArguments:
-    """The texts and the masking."""
-
-    text_column: str | None = field(default=None, metadata={"help": "The column with the text; found where clear."})
-    max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens in a row, special ones included; the model's positions, at most 512."}
-    )
-    long_texts: str = field(
-        default="split", metadata={"help": "What is done with longer texts: split (into windows), truncate or refuse."}
-    )
-    packing: bool | None = field(
-        default=None,
-        metadata={"help": "Whether training rows are filled with documents; without it: yes, for models that keep "
-                          "documents apart."},
-    )  # fmt: skip
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in training."})
-    mlm_probability_end: float | None = field(
-        default=None, metadata={"help": "What it falls to while the learning rate decays; without it, it stays."}
-    )
-    eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in evaluation."})
-    num_shown: int = field(default=4, metadata={"help": "Masked sentences shown after training."})
 
 
 def open_documents(source, arguments, training):
@@ -93,7 +68,9 @@ def prepare_training_data(rows, documents, tokenizer, length, packing, arguments
     Args:
         documents: of a stream, of which `rows` are a sample; or None.
     """
-    train_rows, collator = Rows(rows), MaskingCollator(tokenizer, arguments.mlm_probability, training.seed)
+    shares = {"mask_replace_prob": arguments.mask_replace_prob, "random_replace_prob": arguments.random_replace_prob}
+    collator = MaskingCollator(tokenizer, arguments.mlm_probability, training.seed, **shares)
+    train_rows = Rows(rows)
     mean_length = round((train_rows.lengths**2).sum() / train_rows.lengths.sum())
     collator = PackingCollator(collator, length) if packing else collator
     if documents is not None:

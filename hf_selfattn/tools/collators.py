@@ -61,26 +61,42 @@ def padded(columns, lengths, multiple=1):
     return {**batch, "attention_mask": torch.from_numpy(real.astype(np.int64))}
 
 
+def check_replaced(mask_replace_prob, random_replace_prob):
+    """Refuse shares of the chosen tokens that are below 0, or more than all together."""
+    if min(mask_replace_prob, random_replace_prob) < 0 or mask_replace_prob + random_replace_prob > 1 + 1e-9:
+        raise ValueError(
+            f"mask_replace_prob and random_replace_prob are shares of the tokens that are asked for, 0 or more and 1 "
+            f"at most together, got {mask_replace_prob} and {random_replace_prob}. Lower one of them."
+        )
+
+
 @dataclass
 class MaskingCollator:
     """Rows with `input_ids`, `example_id` and `epoch` to a batch for masked language modelling.
 
     In each row round(mlm_probability * tokens) tokens (rounded up or down at random, so that the mean is exact) become
-    labels; of these 80 % are replaced by [MASK], 10 % by a random token, 10 % stay (Devlin et al. 2019, section 3.1).
-    Special tokens are never chosen. The choice is a function of (seed, epoch, example_id, position): it does not
-    depend on the batch, the number of workers or processes, or on any random state, and is the same in each
-    evaluation, where the epoch is always 0, and in rows that hold several documents (`PackingCollator`). A row may
-    bring an `mlm_probability` of its own (`masking_rates.RatedRows`).
+    labels; of these a share of mask_replace_prob is replaced by [MASK], one of random_replace_prob by a random token,
+    and the rest stays (80, 10 and 10 %: Devlin et al. 2019, section 3.1). Special tokens are never chosen. The choice
+    is a function of (seed, epoch, example_id, position): it does not depend on the batch, the number of workers or
+    processes, or on any random state, and is the same in each evaluation, where the epoch is always 0, and in rows
+    that hold several documents (`PackingCollator`). A row may bring an `mlm_probability` of its own
+    (`masking_rates.RatedRows`).
+
+    Raises:
+        ValueError: for a share that is none.
     """
 
     tokenizer: object
     mlm_probability: float = 0.15
     seed: int = 0
     pad_to_multiple_of: int = 8
+    mask_replace_prob: float = 0.8
+    random_replace_prob: float = 0.1
 
     def __post_init__(self):
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"mlm_probability is above 0 and at most 1, got {self.mlm_probability}.")
+        check_replaced(self.mask_replace_prob, self.random_replace_prob)
         vocabulary = np.array(sorted(self.tokenizer.get_vocab().values()))
         self.special = np.zeros(vocabulary.max() + 1, dtype=bool)
         self.special[self.tokenizer.all_special_ids] = True
@@ -120,8 +136,9 @@ class MaskingCollator:
         chosen = maskable & (rank < wanted[row])
         action = hashed_uniforms(*keys, 2)
         random = self.ordinary[(hashed_uniforms(*keys, 3) * len(self.ordinary)).astype(np.int64)]
-        masked = np.where(chosen & (action < 0.8), self.tokenizer.mask_token_id, ids)
-        masked = np.where(chosen & (action >= 0.8) & (action < 0.9), random, masked)
+        by_mask, by_random = self.mask_replace_prob, self.mask_replace_prob + self.random_replace_prob
+        masked = np.where(chosen & (action < by_mask), self.tokenizer.mask_token_id, ids)
+        masked = np.where(chosen & (action >= by_mask) & (action < by_random), random, masked)
         return masked, np.where(chosen, ids, -100)
 
 

@@ -6,12 +6,46 @@ import torch
 from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from .collators import check_replaced
 from .masking_rates import RatedRows, RatedSampler
 from .optimizers import muon_factory, without_biases
 from .plan import peak_of_training
 from .progress import BudgetProgressCallback, Progress
 from .schedules import CEILING, DECAY_TYPES, budget_of, check_schedule, make_scheduler
 from .training import CheckedTrainer, ScriptArguments
+
+
+@dataclass
+class PretrainingArguments:
+    """The texts and the masking."""
+
+    text_column: str | None = field(default=None, metadata={"help": "The column with the text; found where clear."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens in a row, special ones included; the model's positions, at most 512."}
+    )
+    long_texts: str = field(
+        default="split", metadata={"help": "What is done with longer texts: split (into windows), truncate or refuse."}
+    )
+    packing: bool | None = field(
+        default=None,
+        metadata={"help": "Whether training rows are filled with documents; without it: yes, for models that keep "
+                          "documents apart."},
+    )  # fmt: skip
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in training."})
+    mlm_probability_end: float | None = field(
+        default=None, metadata={"help": "What it falls to while the learning rate decays; without it, it stays."}
+    )
+    mask_replace_prob: float = field(
+        default=0.8, metadata={"help": "Share of the tokens asked for in training that [MASK] replaces."}
+    )
+    random_replace_prob: float = field(
+        default=0.1, metadata={"help": "Share of them that a random token replaces; the rest stays as it is."}
+    )
+    eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in evaluation."})
+    num_shown: int = field(default=4, metadata={"help": "Masked sentences shown after training."})
+
+    def __post_init__(self):
+        check_replaced(self.mask_replace_prob, self.random_replace_prob)
 
 
 @dataclass
