@@ -67,6 +67,14 @@ def done(path: Path) -> set[tuple]:
     return {(result["row"], result["seed"], result["options"]["max_tokens"]) for result in found}
 
 
+def curve_of(log: list[dict], points: int = 40) -> list[list]:
+    """[tokens so far, loss in training] at that many places, each the mean of the log entries since the last."""
+    entries = [(entry["tokens"], entry["loss"]) for entry in log if "loss" in entry]
+    size = max(1, -(-len(entries) // points))
+    parts = [entries[first : first + size] for first in range(0, len(entries), size)]
+    return [[part[-1][0], round(sum(loss for _, loss in part) / len(part), 4)] for part in parts]
+
+
 def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
     """The numbers of one training."""
     with tempfile.TemporaryDirectory() as folder:
@@ -79,6 +87,7 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
             return {}
         scores = json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
         record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
     names = ("loss", "accuracy", "bits_per_byte", "masked_tokens")
     return {
         "row": row,
@@ -86,6 +95,7 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
         "options": options,
         **{name: scores[f"eval_{name}"] for name in names},
         "train_runtime": scores["train_runtime"],
+        "curve": curve_of(state["log_history"]),
         "load": os.getloadavg()[0],
         "commit": record.get("commit"),
         "versions": record.get("versions"),
