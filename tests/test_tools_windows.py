@@ -32,6 +32,15 @@ def test_windows_are_the_text_in_order():
         assert len(windows) == -(-length // 7)
 
 
+def test_full_windows_are_the_text_in_order():
+    for length in range(1, 60):
+        windows = cut_into_windows(list(range(length)), 7, full=True)
+        assert list(itertools.chain(*windows)) == list(range(length))
+        assert {len(window) for window in windows[:-1]} <= {7}
+        assert 1 <= len(windows[-1]) <= 7
+        assert len(cut_into_windows(list(range(length)), 7, "truncate", full=True)) == 1
+
+
 def test_no_token_is_lost():
     """Counted over a corpus, id by id: what the tokenizer gives for whole texts is what stands in the rows."""
     tokenizer, texts = tiny_tokenizer(), [" ".join(sentences(n % 9, seed=n)) for n in range(60)]

@@ -52,12 +52,13 @@ def open_documents(source, arguments, training):
     return None, splits, column
 
 
-def prepare_rows(splits, column, tokenizer, length, arguments, vocab_size):
+def prepare_rows(splits, column, tokenizer, length, arguments, vocab_size, packing):
     """Each split as rows of token ids, with the length, checked against the vocabulary."""
     rows = {}
     for split, documents in splits.items():
         desc = f"Tokenising {split}"
-        rows[split] = as_rows(documents, column, tokenizer, length, arguments.long_texts, desc)
+        full = packing and split == "train"
+        rows[split] = as_rows(documents, column, tokenizer, length, arguments.long_texts, desc, full)
         check_token_ids(rows[split], vocab_size)
     return rows
 
@@ -110,7 +111,7 @@ def main(argv=None):
         packing = choose_packing(arguments.packing, config, training)
         length = window_length(arguments.max_seq_length, tokenizer, config)
         model = open_model(AutoModelForMaskedLM, model_arguments, config, tokenizer, masks=True)
-        rows = prepare_rows(splits, column, tokenizer, length, arguments, config.vocab_size)
+        rows = prepare_rows(splits, column, tokenizer, length, arguments, config.vocab_size, packing)
     log_kernel(model.config, training, model_arguments.attn_implementation)
 
     train_rows, collator, mean_length = prepare_training_data(

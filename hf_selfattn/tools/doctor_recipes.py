@@ -129,7 +129,7 @@ def _follow_pretraining(examination, script, path, folder):
     packing = choose_packing(arguments.packing, config, training)
     examination.recipe.length = length = window_length(arguments.max_seq_length, examination.tokenizer, config)
     _open(examination, AutoModelForMaskedLM, masks=True)
-    made = script.prepare_rows(few, column, examination.tokenizer, length, arguments, config.vocab_size)
+    made = script.prepare_rows(few, column, examination.tokenizer, length, arguments, config.vocab_size, packing)
     rows, collator, _ = script.prepare_training_data(
         made["train"], None, examination.tokenizer, length, packing, arguments, source, training
     )

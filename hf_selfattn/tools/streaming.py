@@ -280,7 +280,8 @@ class StreamedRows(torch.utils.data.IterableDataset):
             numbers, some = zip(*texts[first : first + TEXTS_AT_ONCE], strict=True)
             encoded = self.tokenizer(list(some), add_special_tokens=False, verbose=False)["input_ids"]
             for number, ids in zip(numbers, encoded, strict=True):
-                windows = cut_into_windows(ids, self.room, self.long_texts, f"Document {number} of the stream")
+                where = f"Document {number} of the stream"
+                windows = cut_into_windows(ids, self.room, self.long_texts, where, full=self.packing)
                 for window, part in enumerate(windows):
                     ids = np.array(self.frame.row(part)["input_ids"], dtype=np.int32)
                     yield {"input_ids": ids, "example_id": number * WINDOWS + window}

@@ -99,12 +99,13 @@ def uses_token_types(tokenizer, config):
     return "token_type_ids" in tokenizer.model_input_names and getattr(config, "type_vocab_size", 2) > 1
 
 
-def cut_into_windows(ids, size, long_texts="split", where="A text"):
+def cut_into_windows(ids, size, long_texts="split", where="A text", full=False):
     """`ids` in pieces of at most `size`, nearly equally long; together they are `ids`, in order.
 
     Args:
         long_texts: what is done with more than `size` ids: `split`, `truncate` (the first `size` are kept), `refuse`.
         where: how an error names the text.
+        full: pieces of `size` instead, and the rest: what shares rows with others leaves less of them empty.
     """
     if len(ids) <= size:
         return [ids]
@@ -113,7 +114,7 @@ def cut_into_windows(ids, size, long_texts="split", where="A text"):
     if long_texts == "truncate":
         return [ids[:size]]
     count = math.ceil(len(ids) / size)
-    bounds = [len(ids) * i // count for i in range(count + 1)]
+    bounds = [min(i * size, len(ids)) if full else len(ids) * i // count for i in range(count + 1)]
     return [ids[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
@@ -126,10 +127,11 @@ def report_long(count, total, limit, long_texts):
         )
 
 
-def as_rows(dataset, column, tokenizer, max_seq_length, long_texts="split", desc="Tokenising"):
+def as_rows(dataset, column, tokenizer, max_seq_length, long_texts="split", desc="Tokenising", full=False):
     """A Dataset of `input_ids` and `length`: one document, or one window of it, a row, special tokens included.
 
-    Documents are never joined, so none sees another. Empty texts give no row.
+    Documents are never joined, so none sees another. Empty texts give no row. `long_texts` and `full`: as in
+    `cut_into_windows`.
     """
     check_choice(long_texts)
     frame = Frame(tokenizer)
@@ -140,7 +142,7 @@ def as_rows(dataset, column, tokenizer, max_seq_length, long_texts="split", desc
         encoded = tokenizer([text for _, text in texts], add_special_tokens=False, verbose=False) if texts else {}
         made = {"input_ids": [], "length": [], "texts_too_long": []}
         for (index, _), ids in zip(texts, encoded.get("input_ids", []), strict=True):
-            windows = cut_into_windows(ids, room, long_texts, f"Row {index}, column {column!r},")
+            windows = cut_into_windows(ids, room, long_texts, f"Row {index}, column {column!r},", full)
             for number, window in enumerate(windows):
                 row = frame.row(window)
                 made["input_ids"].append(row["input_ids"])
