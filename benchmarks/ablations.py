@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,7 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
         "seed": seed,
         "options": options,
         **{name: scores[f"eval_{name}"] for name in names},
-        "train_runtime": scores["train_runtime"],
+        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in state["log_history"] if "loss" in e),
         "curve": curve_of(state["log_history"]),
         "load": os.getloadavg()[0],
         "commit": record.get("commit"),
