@@ -1,12 +1,15 @@
-"""What each choice is worth: short pretraining runs that differ from the default in one thing, at equal tokens.
+"""What each choice is worth: short pretraining runs that differ from the default in one thing.
 
     python benchmarks/ablations.py --data ../shared/data --group positions --seeds 0
-    python benchmarks/ablations.py --data ../shared/data --row "positions: alibi" --seeds 0 1 2
+    python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --seeds 0 1 2
+    python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --equal_time
 
 benchmarks/ablations.yaml has the rows. Each is one run of train/pretrain.py on one thread, which this prints before it
-starts it; --data is a folder with the data sets that the recipe names. Results are appended to
-benchmarks/results/ablations.jsonl as they come, and what stands there is not run again, so that a table may grow over
-days. `benchmarks/tables.py` makes the tables of docs/recipes.md from it.
+starts it; --data is a folder with the data sets that the rows name. All train on the default's number of tokens, or,
+with --equal_time, on as many as the row has time for: its speed, the median in its runs at equal tokens, over the
+default's. Results are appended to benchmarks/results/ablations.jsonl as they come, and what stands there is not run
+again, so that a table may grow over days. `benchmarks/tables.py` makes the tables of docs/recipes.md from it. The
+tokenizer that the rows name is trained on their text first, where it is not there.
 """
 
 import argparse
@@ -60,12 +63,27 @@ def command_of(options: dict, data: Path, seed: int, output: str) -> list[str]:
     return command
 
 
-def done(path: Path) -> set[tuple]:
-    """(row, seed, tokens) of the results that stand there."""
-    if not path.exists():
-        return set()
-    found = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {(result["row"], result["seed"], result["options"]["max_tokens"]) for result in found}
+def read_results(path: Path = RESULTS) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def relative_speed(results: list[dict], row: str, tokens: int) -> float:
+    """Tokens a second over the default's, in runs at that many tokens."""
+    alike = [result for result in results if (result["equal"], result["budget"]) == ("tokens", tokens)]
+    speeds = {name: [result["tokens_per_second"] for result in alike if result["row"] == name]
+              for name in (row, "default")}  # fmt: skip
+    if not all(speeds.values()):
+        raise ValueError(f"Equal time needs the speeds of {row!r} and of the default. Run both at equal tokens first.")
+    return statistics.median(speeds[row]) / statistics.median(speeds["default"])
+
+
+def make_tokenizer(options: dict, data: Path) -> None:
+    """Trains the tokenizer that runs name, where it is not there."""
+    if not Path(options["tokenizer_name"]).is_dir():
+        files = [each.replace("DATA", str(data)) for each in options["train_file"]]
+        command = [sys.executable, "train/train_tokenizer.py", "--train_file", *files, "--text_column"]
+        command += [options["text_column"], "--vocab_size", "8192", "--output_dir", options["tokenizer_name"]]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=True)
 
 
 def curve_of(log: list[dict], points: int = 40) -> list[list]:
@@ -110,6 +128,7 @@ def main() -> None:
     parser.add_argument("--group", nargs="+", default=[], help="all rows of these groups")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_tokens", type=int, help="instead of the default's")
+    parser.add_argument("--equal_time", action="store_true", help="tokens by the speed that was measured")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on --threads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -121,15 +140,21 @@ def main() -> None:
     wanted = wanted or list(rows)
     if arguments.max_tokens:
         default["max_tokens"] = arguments.max_tokens
-    finished, writing = done(arguments.output), threading.Lock()
+    make_tokenizer(default, arguments.data)
+    found, writing, tokens = read_results(arguments.output), threading.Lock(), default["max_tokens"]
+    finished = {(result["row"], result["seed"], result["equal"], result["budget"]) for result in found}
+    equal = "time" if arguments.equal_time else "tokens"
 
     def work(task):
         row, seed = task
         options = options_of(default, rows[row])
-        if (row, seed, options["max_tokens"]) in finished:
+        if (row, seed, equal, tokens) in finished:
             return
+        if arguments.equal_time:
+            options["max_tokens"] = round(tokens * relative_speed(found, row, tokens))
         result = run(row, seed, options, arguments.data, arguments.threads)
         if result:
+            result = {**result, "equal": equal, "budget": tokens}
             with writing, arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{row}, seed {seed}: {result['loss']:.3f} nats, {result['accuracy']:.1%}", flush=True)
