@@ -17,6 +17,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from hf_selfattn import SelfAttnForMaskedLM, SelfAttnPreTrainedModel
 from hf_selfattn.attention import SelfAttention
 from hf_selfattn.layers import FeedForward
+from hf_selfattn.positions import POSITIONS
 from hf_selfattn.tools import packed_rows
 from hf_selfattn.tools.pretraining import PretrainingTrainer
 
@@ -31,6 +32,30 @@ def zero_outputs():
             nn.init.zeros_((module.o_proj if isinstance(module, SelfAttention) else module.down_proj).weight)
 
     SelfAttnPreTrainedModel._init_weights = _init_weights
+
+
+def neighbours(offsets=(-1, 1, -2, 2), drop=1.5):
+    """Rotary heads look at the tokens at these distances at first: biases of queries and keys peak there.
+
+    Features (i, i + r / 2) of a query's bias are (a, 0), of a key's the same turned back by the offset; the product
+    after the rotation is a^2 cos(f_i (distance - offset)). `drop`: what a score is lower one token beside the peak.
+    """
+    initial = SelfAttnForMaskedLM.__init__
+
+    def make(self, config):
+        initial(self, config)
+        frequency = torch.tensor(POSITIONS["rotary"].from_config(config, 0).frequencies)
+        size = drop * config.query_key_dim**0.5 / (1 - frequency.cos()).sum()
+        for layer in self.model.layers:
+            attention = layer.attention
+            for head, offset in zip(range(config.num_attention_heads), itertools.cycle(offsets)):
+                place = slice(head * config.query_key_dim, (head + 1) * config.query_key_dim)
+                query = torch.cat([torch.ones_like(frequency), torch.zeros_like(frequency)])
+                key = torch.cat([(offset * frequency).cos(), -(offset * frequency).sin()])
+                attention.q_proj.bias.data[place] = size.sqrt() * query
+                attention.k_proj.bias.data[place] = size.sqrt() * key
+
+    SelfAttnForMaskedLM.__init__ = make
 
 
 def value_residuals():
@@ -159,6 +184,7 @@ VARIANTS = {
     "stock": stock,
     "batch_ramp": batch_ramp,
     "unigram_bias": unigram_bias,
+    "neighbours": neighbours,
     "zero_outputs": zero_outputs,
     "value_residuals": value_residuals,
     "averaged_20": lambda: averaged(0.2),
