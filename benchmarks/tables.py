@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and README.md from the results.
+"""Writes the tables of the pages in docs and of README.md from the results.
 
     python benchmarks/tables.py
 
@@ -9,8 +9,10 @@ import json
 import re
 from pathlib import Path
 
+from learning_tables import ablations, ten_minutes
+
 RESULTS = Path("benchmarks/results")
-PAGES = (Path("docs/performance.md"), Path("README.md"))
+PAGES = (*map(Path, ("docs/performance.md", "docs/recipes.md", "docs/results.md")), Path("README.md"))
 LINEAR = ("Longformer, window", "ours, window", "ours, window, learned", "BigBird", "ours, bigbird", "ours, full")
 LONG = ("BERT, sdpa", "ModernBERT, window", *LINEAR)
 
@@ -104,6 +106,9 @@ TABLES = {
     "inference": lambda: by_setting("inference_speed"),
     "attention": attention,
     "scaling": scaling,
+    "ablations": lambda: ablations(2_000_000),
+    "ten_minutes_en": lambda: ten_minutes("en"),
+    "ten_minutes_zh": lambda: ten_minutes("zh"),
 }
 
 
