@@ -146,6 +146,22 @@ def unigram_bias():
     PretrainingTrainer.__init__ = make
 
 
+def fast_embeddings(factor=3):
+    """The token vectors, which are the output layer too, learn at a multiple of the learning rate."""
+    initial = PretrainingTrainer.create_optimizer
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = initial(self, *args, **kwargs)
+        weight = self.model.get_input_embeddings().weight
+        group = next(group for group in optimizer.param_groups if any(each is weight for each in group["params"]))
+        group["params"] = [each for each in group["params"] if each is not weight]
+        options = {key: value for key, value in group.items() if key != "params"}
+        optimizer.add_param_group({**options, "params": [weight], "lr": factor * group["lr"]})
+        return optimizer
+
+    PretrainingTrainer.create_optimizer = create_optimizer
+
+
 def sparse_predictions():
     """Stock BERT and ModernBERT make logits at labelled places alone while they train, as ours always does."""
     for stock, encoder, head in (
@@ -184,6 +200,7 @@ VARIANTS = {
     "stock": stock,
     "batch_ramp": batch_ramp,
     "unigram_bias": unigram_bias,
+    "fast_embeddings": fast_embeddings,
     "neighbours": neighbours,
     "zero_outputs": zero_outputs,
     "value_residuals": value_residuals,
