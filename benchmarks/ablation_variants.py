@@ -1,6 +1,6 @@
 """Changes that ablations.py tries and no option has: made here, round a training script.
 
-    python benchmarks/ablation_variants.py zero_outputs train/pretrain.py recipe.yaml
+    python benchmarks/ablation_variants.py zero_outputs train/pretrain.py recipe.yaml        # several: a+b
 
 What is worth its place becomes an option; the rest stays here, so that its row can be run again.
 """
@@ -201,6 +201,8 @@ VARIANTS = {
     "batch_ramp": batch_ramp,
     "unigram_bias": unigram_bias,
     "fast_embeddings": fast_embeddings,
+    "neighbours_sharp": lambda: neighbours(drop=4.0),
+    "neighbours_wide": lambda: neighbours(drop=0.5),
     "neighbours": neighbours,
     "zero_outputs": zero_outputs,
     "value_residuals": value_residuals,
@@ -209,7 +211,8 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    name, script, *arguments = sys.argv[1:]
-    VARIANTS[name]()
+    names, script, *arguments = sys.argv[1:]
+    for name in names.split("+"):
+        VARIANTS[name]()
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

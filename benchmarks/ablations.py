@@ -131,9 +131,10 @@ def main() -> None:
     parser.add_argument("--equal_time", action="store_true", help="tokens by the speed that was measured")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on --threads")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=Path, default=ROWS, help="another file of rows")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    default, rows = read_rows()
+    default, rows = read_rows(arguments.rows)
     if unknown := [row for row in arguments.row if row not in rows]:
         parser.error(f"no such row: {unknown[0]!r}. There are {', '.join(rows)}.")
     wanted = [row for row in rows if row in arguments.row or row.split(":")[0] in arguments.group]
