@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .option_names import AbsentWhileNone, MayLackOptions, refuse_misspelt
+from .option_names import AbsentWhileNone, MayLackOptions, check_choice, refuse_misspelt
 from .parallel import tensor_parallel_plan
 from .patterns import PATTERNS, layer_patterns
 from .positions import POSITIONS
@@ -72,6 +72,8 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
         random_blocks_seed: 'bigbird': seed of the random blocks (0).
         rope_parameters: 'rotary': as in transformers, {"rope_type": "default", "rope_theta": 10000.0} and more, or a
             dict of them with one for each pattern.
+        initial_offsets: 'rotary': how many tokens to the right (left: below 0) new heads look first, in turn; with
+            [-1, 1, -2, 2] neighbours are found hundreds of steps earlier. Needs attention_bias.
         relative_num_buckets: 't5': the number of buckets (32).
         relative_max_distance: 't5': tokens from which all distances share a bucket (128).
 
@@ -147,6 +149,7 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
     num_random_blocks: int | list[int | None] | None = None
     random_blocks_seed: int | None = None
     rope_parameters: dict | None = None
+    initial_offsets: list[int] | None = None
     relative_num_buckets: int | None = None
     relative_max_distance: int | None = None
 
@@ -278,9 +281,9 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
 
     def _check_choices(self):
         patterns = self.attention_pattern if isinstance(self.attention_pattern, list) else [self.attention_pattern]
-        _check_choice("score_function", [self.score_function], SCORES)
-        _check_choice("attention_pattern", patterns, PATTERNS)
-        _check_choice("position_encoding", [self.position_encoding], POSITIONS)
+        check_choice("score_function", [self.score_function], SCORES)
+        check_choice("attention_pattern", patterns, PATTERNS)
+        check_choice("position_encoding", [self.position_encoding], POSITIONS)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}.")
 
@@ -384,15 +387,6 @@ _SIZES = (
 )
 
 _PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
-def _check_choice(option: str, values: list[str], table: dict) -> None:
-    for value in values:
-        if value not in table:
-            raise ValueError(
-                f"{option} must be one of {', '.join(map(repr, table))}, got {value!r}. "
-                "A choice of your own must be registered (import its module) before the config is made."
-            )
 
 
 SelfAttnConfig.register_for_auto_class()

@@ -91,6 +91,13 @@ class SelfAttnPreTrainedModel(PreTrainedModel):
         if hasattr(module, "init_parameters"):
             module.init_parameters(self.config.initializer_range)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As in transformers, which would pass over modules without parameters of their own in code from a Hub.
+
+        It does so for code that writes over what was loaded; ours asks `transformers.initialization`, which does not.
+        """
+        super()._initialize_weights(module)
+
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
         """transformers' gate for the kernel's name, at `__init__`, `from_pretrained` and `set_attn_implementation`."""
         if attn_implementation is None:

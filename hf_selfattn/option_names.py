@@ -63,6 +63,16 @@ def refuse_misspelt(cls: type[PreTrainedConfig], options: dict) -> None:
             )
 
 
+def check_choice(option: str, values: list[str], table: dict) -> None:
+    """Raises ValueError for a value of an option that is no row of its table."""
+    for value in values:
+        if value not in table:
+            raise ValueError(
+                f"{option} must be one of {', '.join(map(repr, table))}, got {value!r}. "
+                "A choice of your own must be registered (import its module) before the config is made."
+            )
+
+
 class AbsentWhileNone:
     """An option that a config does not have while it is None, as it is by default. For `MayLackOptions`.
 

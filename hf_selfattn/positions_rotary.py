@@ -23,7 +23,7 @@ class Rotary(NoPosition):
 
     frequencies: tuple[float, ...]
     factor: float = 1.0
-    options = ("rope_parameters",)
+    options = ("rope_parameters", "initial_offsets")
 
     @classmethod
     def from_config(cls, config, layer):
@@ -47,7 +47,7 @@ class Rotary(NoPosition):
                     "patterns and nothing else, or give one flat dict for all."
                 )
         problems = (_problem(config, rope_of_layer(config, layer)) for layer in range(config.num_hidden_layers))
-        return next((problem for problem in problems if problem is not None), None)
+        return next((problem for problem in problems if problem is not None), _problem_of_offsets(config))
 
     def state(self, query, source, dtype):
         """((cos, sin) of the queries, (cos, sin) of the keys), each (R, N, 1, r / 2)."""
@@ -63,6 +63,23 @@ class Rotary(NoPosition):
 
     def layer(self, config):
         return RotateHalves()
+
+
+def biases_for_offset(offset: int, frequencies: tuple[float, ...], head_dim: int) -> torch.Tensor:
+    """(2, head_dim): biases of query and key with which a rotary head attends to the token `offset` places on.
+
+    Features (i, i + r / 2) are (a, 0) in the query's bias and the same turned back by the offset in the key's. The two
+    alone make the score a^2 / sqrt(d_k) * sum_i cos(f_i (distance - offset)), whose peak is at the offset; a is such
+    that one token beside it the score is `FALL` lower. What the weights add decides more and more as they grow.
+    """
+    frequency = torch.tensor(frequencies, dtype=torch.float64)
+    size = (FALL * head_dim**0.5 / (1 - frequency.cos()).sum()).sqrt()
+    query = torch.cat([torch.ones_like(frequency), torch.zeros_like(frequency)])
+    key = torch.cat([(offset * frequency).cos(), -(offset * frequency).sin()])
+    return nn.functional.pad(size * torch.stack([query, key]), (0, head_dim - len(query)))
+
+
+FALL = 1.5
 
 
 class RotateHalves(nn.Module):
@@ -150,6 +167,27 @@ def _problem(config, parameters: dict) -> str | None:
         return (
             "position_encoding 'rotary' turns pairs and needs an even head_dim * partial_rotary_factor, got "
             f"{width}. Change head_dim or the factor."
+        )
+    return None
+
+
+def _problem_of_offsets(config) -> str | None:
+    offsets = config.initial_offsets
+    if offsets is None:
+        return None
+    if not offsets:
+        return "initial_offsets names the tokens that heads look at first, as [-1, 1, -2, 2], got none. None: no such."
+    if not config.attention_bias or config.qk_norm or config.score_function != "scaled_dot_product":
+        return (
+            f"initial_offsets={offsets} are biases of queries and keys that a dot product reads: it needs "
+            "attention_bias=True, qk_norm=False and score_function='scaled_dot_product', got attention_bias="
+            f"{config.attention_bias}, qk_norm={config.qk_norm} and score_function={config.score_function!r}. Set "
+            "these, or initial_offsets=None."
+        )
+    if config.causal and max(offsets) > 0:
+        return (
+            f"With causal=True no head sees what comes after a token, got initial_offsets={offsets}. Use 0 and "
+            "negative ones."
         )
     return None
 

@@ -77,6 +77,7 @@ WRONG_TYPES = {
     "attention_pattern": [1, None, ("full", "full"), ["full", 1], {"0": "full"}],
     **{key: ["3", 3.0, True, [3, "3"], (3, 3)] for key in NUMBERS_OF_PATTERNS},
     "rope_parameters": ["default", 10_000.0, [10_000.0]],
+    "initial_offsets": [1, "1", [1.0], [True], (1, -1)],
     **{key: ["0", 0.0, True, [0]] for key in ["pad_token_id", "bos_token_id"]},
     "eos_token_id": ["0", 0.0, True, ["0"]],
 }
@@ -158,6 +159,7 @@ OF_SOME_CHOICES = {
     },
     "position_encoding": {
         "rope_parameters": {"rope_theta": 500.0},
+        "initial_offsets": [-1, 1],
         "relative_num_buckets": 8,
         "relative_max_distance": 20,
     },
@@ -266,8 +268,28 @@ WRONG_ROPE = [
         ({"full": {"rope_theta": 5.0}, "ful": {"rope_theta": 6.0}}, "ful", {}),
     ]
 ]
+WRONG_OFFSETS = [
+    *(
+        (
+            {"initial_offsets": [-1, 1], **options},
+            rf"initial_offsets=\[-1, 1\] are biases .* it needs attention_bias=True, qk_norm=False and "
+            rf"score_function='scaled_dot_product', got {got}.*Set these, or initial_offsets=None",
+        )
+        for options, got in [
+            ({}, "attention_bias=False, qk_norm=False"),
+            ({"attention_bias": True, "qk_norm": True}, "attention_bias=True, qk_norm=True"),
+            ({"attention_bias": True, "score_function": "cosine"}, ".*score_function='cosine'"),
+        ]
+    ),
+    ({"initial_offsets": [], "attention_bias": True}, r"as \[-1, 1, -2, 2\], got none. None: no such"),
+    (
+        {"initial_offsets": [-1, 1], "attention_bias": True, "causal": True},
+        r"With causal=True no head sees .* got initial_offsets=\[-1, 1\]. Use 0 and negative ones",
+    ),
+]
 BAD = [
     *AT_LEAST_1,
+    *WRONG_OFFSETS,
     *FROM_0_TO_1,
     *ABOVE_0,
     *WITHOUT_EFFECT,
@@ -614,15 +636,17 @@ NOT_WITH_THOSE = {
     "first_layer_norm": False,
 }
 
+NOR_WITH_THESE = {"attention_bias": True, "initial_offsets": [-1, 0]}
+
 
 class TestRoundTrip:
-    def test_the_table_above_names_every_option(self):
-        assert set(EVERY_OPTION) | set(NOT_WITH_THOSE) == set(OWN)
+    def test_the_tables_above_name_every_option(self):
+        assert set(EVERY_OPTION) | set(NOT_WITH_THOSE) | set(NOR_WITH_THESE) == set(OWN)
 
     @pytest.mark.parametrize(
         "options",
-        [SMALL, EVERY_OPTION, {**SMALL, **NOT_WITH_THOSE}],
-        ids=["defaults", "every-option", "the-others"],
+        [SMALL, EVERY_OPTION, {**SMALL, **NOT_WITH_THOSE}, {**SMALL, **NOR_WITH_THESE}],
+        ids=["defaults", "every-option", "the-others", "and-more"],
     )
     def test_json(self, options, tmp_path):
         config = SelfAttnConfig(**options, num_labels=3)
