@@ -201,6 +201,7 @@ VARIANTS = {
     "batch_ramp": batch_ramp,
     "unigram_bias": unigram_bias,
     "fast_embeddings": fast_embeddings,
+    "fast_embeddings_10": lambda: fast_embeddings(10),
     "neighbours_sharp": lambda: neighbours(drop=4.0),
     "neighbours_wide": lambda: neighbours(drop=0.5),
     "neighbours": neighbours,
