@@ -8,7 +8,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .collators import check_replaced
 from .masking_rates import RatedRows, RatedSampler
-from .optimizers import muon_factory, without_biases
+from .optimizers import muon_factory, set_learning_rate, token_vectors, without_biases
 from .plan import peak_of_training
 from .progress import BudgetProgressCallback, Progress
 from .schedules import CEILING, DECAY_TYPES, budget_of, check_schedule, make_scheduler
@@ -57,6 +57,10 @@ class PretrainingScriptArguments(ScriptArguments):
         metadata={"help": "adamw (or what --optim says), or muon: Muon for the weights of the encoder's linear "
                           "layers, AdamW for all else.", "choices": ["adamw", "muon"]},
     )  # fmt: skip
+    embedding_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the token vectors and the output layer; without it --learning_rate."},
+    )
     muon_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of Muon's part; without it --learning_rate."}
     )
@@ -183,6 +187,13 @@ class PretrainingTrainer(CheckedTrainer):
     def get_decay_parameter_names(self, model):
         return without_biases(model, super().get_decay_parameter_names(model))
 
+    def create_optimizer(self, *args, **kwargs):
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if created and self.args.embedding_learning_rate is not None:
+            set_learning_rate(optimizer, token_vectors(self.model), self.args.embedding_learning_rate)
+        return optimizer
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.progress.restore(self.state)
         if self.lr_scheduler is None:
@@ -255,9 +266,10 @@ class PretrainingTrainer(CheckedTrainer):
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs.update(self.progress.interval(self.state, self.flops_per_token, self.peak_flops))
-            if self.args.optimizer == "muon" and self.args.muon_learning_rate is not None:
-                ratio = self.args.muon_learning_rate / self.args.learning_rate
-                logs["muon_learning_rate"] = logs["learning_rate"] * ratio
+            names = ("embedding_learning_rate", *(("muon_learning_rate",) if self.args.optimizer == "muon" else ()))
+            for name in names:
+                if getattr(self.args, name) is not None:
+                    logs[name] = logs["learning_rate"] * (getattr(self.args, name) / self.args.learning_rate)
         if "train_samples_per_second" in logs and self.progress.unit != "steps":
             # The Trainer's own is made of the number of steps that a budget has in its place.
             steps = self.state.global_step - self.progress.first_step
