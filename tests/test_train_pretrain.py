@@ -18,6 +18,7 @@ from .train_scripts import (
     script,
     sentences,
     tiny_model_folder,
+    tiny_tokenizer,
     tiny_tokenizer_folder,
     write_rows,
     write_texts,
@@ -188,6 +189,26 @@ def test_an_existing_encoder_of_transformers_trains_too(corpus, tmp_path):
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)).__name__ == "BertForMaskedLM"
     with pytest.raises(ValueError, match="--packing true is not possible: a bert model lets the documents"):
         pretrain(corpus, tmp_path / "packed", *options, "--packing", "true")
+
+
+@pytest.mark.parametrize("model_type", ["selfattn", "bert"])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_new_model_begins_at_the_unigram_models_loss(corpus, tmp_path, model_type, asked):
+    """To within what its random logits add; with a bias of 0 it begins at that of equal probabilities."""
+    overrides = f"{TINY},model_type={model_type},max_position_embeddings=48"
+    options = ["--tokenizer_name", tiny_tokenizer_folder(), "--config_overrides", overrides, "--do_train", "false"]
+    options += [] if asked is None else ["--unigram_bias", str(asked)]
+    scores = pretrain(corpus, tmp_path, *options)
+    uniform = math.log(len(tiny_tokenizer()))
+    assert scores["eval_unigram_loss"] < uniform - 0.5
+    assert abs(scores["eval_loss"] - (uniform if asked is False else scores["eval_unigram_loss"])) < 0.1
+
+
+def test_a_trained_bias_stays(run, corpus, tmp_path):
+    trained = ["--model_name_or_path", str(run[0]), "--do_train", "false"]
+    assert pretrain(corpus, tmp_path, *trained)["eval_loss"] == pytest.approx(run[1]["eval_loss"], rel=1e-6)
+    with pytest.raises(ValueError, match="--unigram_bias gives a new model its first output bias, got --model_name"):
+        pretrain(corpus, tmp_path / "again", *trained, "--unigram_bias", "true")
 
 
 class TestBadInput:

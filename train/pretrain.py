@@ -29,7 +29,12 @@ from hf_selfattn.tools.masking_rates import RatedRows, check_rate_end
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model, open_config, open_model, prepare_tokenizer
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator, choose_packing
 from hf_selfattn.tools.plan import flops_per_token, plan_pretraining
-from hf_selfattn.tools.pretraining import PretrainingArguments, PretrainingScriptArguments, PretrainingTrainer
+from hf_selfattn.tools.pretraining import (
+    PretrainingArguments,
+    PretrainingScriptArguments,
+    PretrainingTrainer,
+    wants_unigram_bias,
+)
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.run_record import write_run_record
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
@@ -92,6 +97,7 @@ def main(argv=None):
     start_logging(training)
     check_choice(arguments.long_texts)
     check_source_of_model(model_arguments)
+    wants_unigram_bias(arguments, model_arguments)
     check_rate_end(arguments.mlm_probability_end, training, getattr(source, "streaming", False))
     if source.streaming:
         check_training(training)
@@ -118,6 +124,8 @@ def main(argv=None):
         rows["train"], documents, tokenizer, length, packing, arguments, source, training
     )
     metrics = MaskedTokenMetrics(tokenizer, token_counts(rows["train"], config.vocab_size))
+    if wants_unigram_bias(arguments, model_arguments):
+        metrics.init_output_bias(model)
     trainer = PretrainingTrainer(
         model=model,
         args=training,

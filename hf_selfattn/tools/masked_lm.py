@@ -29,6 +29,16 @@ class MaskedTokenMetrics:
         self.unigram_loss = torch.from_numpy(-np.log((counts + 1) / (counts + 1).sum()))
         self.bytes = torch.from_numpy(bytes_of_tokens(tokenizer, len(counts)))
 
+    def init_output_bias(self, model):
+        """Begins a new model's output bias at the unigram model's log-probabilities; whether it has such a bias."""
+        outputs = model.get_output_embeddings()
+        bias = getattr(outputs, "bias", None)
+        if bias is None:
+            return False
+        with torch.no_grad():
+            bias.copy_(-self.unigram_loss)
+        return True
+
     def sums_of_rows(self, logits, labels):
         """(B, 6) sums over each row's labels, from logits (B, N, V) and labels (B, N); -100 is no label.
 
