@@ -60,7 +60,7 @@ def masked_token_metrics(
 ):
     """Loss (nats a token), accuracy and bits per byte of 15 % of the tokens, each replaced by the mask token.
 
-    The windows and the choice of tokens are those in which pretrain.py evaluates the same texts with the same seed.
+    The number with which pretrain.py evaluates the same texts with the same seed.
 
     Args:
         model, tokenizer: of `open_masked_lm`.
@@ -79,12 +79,11 @@ def masked_token_metrics(
             "less for all models that are compared."
         )
     windows = as_rows(Dataset.from_dict({"text": texts}), "text", tokenizer, max_seq_length)["input_ids"][:]
-    collator = MaskingCollator(tokenizer, mlm_probability, seed)
+    collator = MaskingCollator(tokenizer, mlm_probability, seed, mask_replace_prob=1.0, random_replace_prob=0.0)
     lengths, number = np.array([len(ids) for ids in windows]), np.arange(len(windows))
     rates = np.full(len(windows), mlm_probability)
     ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in windows])
-    _, labels = collator.mask(ids, lengths, number, np.zeros_like(number), rates)
-    masked = np.where(labels == -100, ids, tokenizer.mask_token_id)
+    masked, labels = collator.mask(ids, lengths, number, np.zeros_like(number), rates)
     starts = np.cumsum(lengths) - lengths
     place = np.flatnonzero(labels != -100)
     if len(place) == 0:

@@ -46,7 +46,9 @@ class PretrainingArguments:
         metadata={"help": "Whether the output layer's bias begins at the logarithm of each token's share of the data, "
                           "not at 0; without it: in new models that have one."},
     )  # fmt: skip
-    eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in evaluation."})
+    eval_mlm_probability: float = field(
+        default=0.15, metadata={"help": "Share of tokens that evaluation masks and asks for."}
+    )
     num_shown: int = field(default=4, metadata={"help": "Masked sentences shown after training."})
 
     def __post_init__(self):
