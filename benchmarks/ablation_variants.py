@@ -17,7 +17,6 @@ from transformers.modeling_outputs import MaskedLMOutput
 from hf_selfattn import SelfAttnForMaskedLM, SelfAttnPreTrainedModel
 from hf_selfattn.attention import SelfAttention
 from hf_selfattn.layers import FeedForward
-from hf_selfattn.positions import POSITIONS
 from hf_selfattn.tools import packed_rows
 from hf_selfattn.tools.pretraining import PretrainingTrainer
 
@@ -32,30 +31,6 @@ def zero_outputs():
             nn.init.zeros_((module.o_proj if isinstance(module, SelfAttention) else module.down_proj).weight)
 
     SelfAttnPreTrainedModel._init_weights = _init_weights
-
-
-def neighbours(offsets=(-1, 1, -2, 2), drop=1.5):
-    """Rotary heads look at the tokens at these distances at first: biases of queries and keys peak there.
-
-    Features (i, i + r / 2) of a query's bias are (a, 0), of a key's the same turned back by the offset; the product
-    after the rotation is a^2 cos(f_i (distance - offset)). `drop`: what a score is lower one token beside the peak.
-    """
-    initial = SelfAttnForMaskedLM.__init__
-
-    def make(self, config):
-        initial(self, config)
-        frequency = torch.tensor(POSITIONS["rotary"].from_config(config, 0).frequencies)
-        size = drop * config.query_key_dim**0.5 / (1 - frequency.cos()).sum()
-        for layer in self.model.layers:
-            attention = layer.attention
-            for head, offset in zip(range(config.num_attention_heads), itertools.cycle(offsets)):
-                place = slice(head * config.query_key_dim, (head + 1) * config.query_key_dim)
-                query = torch.cat([torch.ones_like(frequency), torch.zeros_like(frequency)])
-                key = torch.cat([(offset * frequency).cos(), -(offset * frequency).sin()])
-                attention.q_proj.bias.data[place] = size.sqrt() * query
-                attention.k_proj.bias.data[place] = size.sqrt() * key
-
-    SelfAttnForMaskedLM.__init__ = make
 
 
 def value_residuals():
@@ -135,33 +110,6 @@ def batch_ramp(sizes=(4, 8, 16, 32)):
     torch.utils.data.BatchSampler.__iter__ = batches
 
 
-def unigram_bias():
-    """The output layer's bias begins at the logarithm of each token's share of the training rows."""
-    initial = PretrainingTrainer.__init__
-
-    def make(self, *args, **kwargs):
-        initial(self, *args, **kwargs)
-        self.model.lm_head.bias.data.copy_(-kwargs["compute_metrics"].__self__.unigram_loss)
-
-    PretrainingTrainer.__init__ = make
-
-
-def fast_embeddings(factor=3):
-    """The token vectors, which are the output layer too, learn at a multiple of the learning rate."""
-    initial = PretrainingTrainer.create_optimizer
-
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = initial(self, *args, **kwargs)
-        weight = self.model.get_input_embeddings().weight
-        group = next(group for group in optimizer.param_groups if any(each is weight for each in group["params"]))
-        group["params"] = [each for each in group["params"] if each is not weight]
-        options = {key: value for key, value in group.items() if key != "params"}
-        optimizer.add_param_group({**options, "params": [weight], "lr": factor * group["lr"]})
-        return optimizer
-
-    PretrainingTrainer.create_optimizer = create_optimizer
-
-
 def sparse_predictions():
     """Stock BERT and ModernBERT make logits at labelled places alone while they train, as ours always does."""
     for stock, encoder, head in (
@@ -199,12 +147,6 @@ def stock():
 VARIANTS = {
     "stock": stock,
     "batch_ramp": batch_ramp,
-    "unigram_bias": unigram_bias,
-    "fast_embeddings": fast_embeddings,
-    "fast_embeddings_10": lambda: fast_embeddings(10),
-    "neighbours_sharp": lambda: neighbours(drop=4.0),
-    "neighbours_wide": lambda: neighbours(drop=0.5),
-    "neighbours": neighbours,
     "zero_outputs": zero_outputs,
     "value_residuals": value_residuals,
     "averaged_20": lambda: averaged(0.2),

@@ -33,7 +33,7 @@ from hf_selfattn.tools.pretraining import (
     PretrainingArguments,
     PretrainingScriptArguments,
     PretrainingTrainer,
-    wants_unigram_bias,
+    check_unigram_bias,
 )
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.run_record import write_run_record
@@ -97,7 +97,7 @@ def main(argv=None):
     start_logging(training)
     check_choice(arguments.long_texts)
     check_source_of_model(model_arguments)
-    wants_unigram_bias(arguments, model_arguments)
+    check_unigram_bias(arguments, model_arguments)
     check_rate_end(arguments.mlm_probability_end, training, getattr(source, "streaming", False))
     if source.streaming:
         check_training(training)
@@ -124,7 +124,7 @@ def main(argv=None):
         rows["train"], documents, tokenizer, length, packing, arguments, source, training
     )
     metrics = MaskedTokenMetrics(tokenizer, token_counts(rows["train"], config.vocab_size))
-    if wants_unigram_bias(arguments, model_arguments):
+    if arguments.unigram_bias:
         metrics.init_output_bias(model)
     trainer = PretrainingTrainer(
         model=model,

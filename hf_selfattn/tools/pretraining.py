@@ -41,11 +41,10 @@ class PretrainingArguments:
     random_replace_prob: float = field(
         default=0.1, metadata={"help": "Share of them that a random token replaces; the rest stays as it is."}
     )
-    unigram_bias: bool | None = field(
-        default=None,
-        metadata={"help": "Whether the output layer's bias begins at the logarithm of each token's share of the data, "
-                          "not at 0; without it: in new models that have one."},
-    )  # fmt: skip
+    unigram_bias: bool = field(
+        default=False,
+        metadata={"help": "A new model's output bias begins at the logarithm of each token's share of the data."},
+    )
     eval_mlm_probability: float = field(
         default=0.15, metadata={"help": "Share of tokens that evaluation masks and asks for."}
     )
@@ -55,19 +54,14 @@ class PretrainingArguments:
         check_replaced(self.mask_replace_prob, self.random_replace_prob)
 
 
-def wants_unigram_bias(arguments, model_arguments):
-    """Whether the output bias begins at the unigrams: what was asked for, and without it, where the model is new.
-
-    Raises:
-        ValueError: it was asked for, and the model is trained already.
-    """
+def check_unigram_bias(arguments, model_arguments):
+    """Raises ValueError where the output bias shall begin at the unigrams and the model is trained already."""
     name = model_arguments.model_name_or_path
     if arguments.unigram_bias and name is not None:
         raise ValueError(
             f"--unigram_bias gives a new model its first output bias, got --model_name_or_path {name}, whose bias is "
             "trained. Leave one of them out."
         )
-    return name is None if arguments.unigram_bias is None else arguments.unigram_bias
 
 
 @dataclass
