@@ -3,7 +3,6 @@
 R rows, N tokens, H heads, G key/value heads, D hidden size, d_k = head_dim, d_v = value_head_dim.
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from .kernels_eager import some_weights
 from .norms import make_norm
 from .parallel import heads_of_all, tensor_parallel_mesh
 from .positions import POSITIONS
-from .positions_rotary import biases_for_offset
+from .positions_rotary import first_biases
 from .scores import SCORES
 
 
@@ -79,14 +78,11 @@ class SelfAttention(nn.Module):
 
     def init_parameters(self, std: float) -> None:
         """First values of the biases that `initial_offsets` asks for; all others are those of the linear layers."""
-        config = self.config
-        if config.initial_offsets is None:
+        biases = first_biases(self.config, self.layer_idx)
+        if biases is None:
             return
-        frequencies = POSITIONS["rotary"].from_config(config, self.layer_idx).frequencies
-        offsets = itertools.islice(itertools.cycle(config.initial_offsets), config.num_groups)
-        biases = [biases_for_offset(offset, frequencies, self.head_dim) for offset in offsets]
-        query, key = torch.stack(biases, dim=1)  # (G, d_k) each
-        query = query.repeat_interleave(config.num_attention_heads // config.num_groups, dim=0)
+        query, key = biases
+        query = query.repeat_interleave(self.config.num_attention_heads // self.config.num_groups, dim=0)
         init.copy_(self.q_proj.bias, query.flatten().to(self.q_proj.bias))
         init.copy_(self.k_proj.bias, key.flatten().to(self.k_proj.bias))
 

@@ -72,8 +72,8 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
         random_blocks_seed: 'bigbird': seed of the random blocks (0).
         rope_parameters: 'rotary': as in transformers, {"rope_type": "default", "rope_theta": 10000.0} and more, or a
             dict of them with one for each pattern.
-        initial_offsets: 'rotary': how many tokens to the right (left: below 0) new heads look first, in turn; with
-            [-1, 1, -2, 2] neighbours are found hundreds of steps earlier. Needs attention_bias.
+        initial_offsets: 'rotary': how many tokens to the right (left: below 0) new heads look first, in turn, or []:
+            anywhere (their neighbours, [-1, 1, -2, 2], with attention_bias and without qk_norm: it saves steps).
         relative_num_buckets: 't5': the number of buckets (32).
         relative_max_distance: 't5': tokens from which all distances share a bucket (128).
 
@@ -131,7 +131,7 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
     attention_pattern: str | list[str] = "full"
     causal: bool = False
     position_encoding: str = "rotary"
-    attention_bias: bool = False
+    attention_bias: bool = True
     qk_norm: bool = False
     logit_softcap: float | int | None = None
     attention_sink: bool = False

@@ -1,5 +1,6 @@
 """Rotary positions."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -63,6 +64,28 @@ class Rotary(NoPosition):
 
     def layer(self, config):
         return RotateHalves()
+
+
+def first_biases(config, layer: int) -> torch.Tensor | None:
+    """(2, G, head_dim): the biases of queries and keys with which a layer's groups of heads begin; None: at 0.
+
+    Without `initial_offsets` heads look at their neighbours, where they can: not where even the fastest pair turns so
+    slowly that neighbours would be told apart by large scores alone.
+    """
+    if config.position_encoding != "rotary" or not _can_begin_with_offsets(config):
+        return None
+    offsets, frequencies = config.initial_offsets, Rotary.from_config(config, layer).frequencies
+    if offsets is None:
+        offsets = [] if max(frequencies) < 1 else [-1, -2] if config.causal else [-1, 1, -2, 2]
+    if not offsets:
+        return None
+    of_groups = itertools.islice(itertools.cycle(offsets), config.num_groups)
+    biases = [biases_for_offset(offset, frequencies, config.query_key_dim) for offset in of_groups]
+    return torch.stack(biases, dim=1)
+
+
+def _can_begin_with_offsets(config) -> bool:
+    return config.attention_bias and not config.qk_norm and config.score_function == "scaled_dot_product"
 
 
 def biases_for_offset(offset: int, frequencies: tuple[float, ...], head_dim: int) -> torch.Tensor:
@@ -173,16 +196,14 @@ def _problem(config, parameters: dict) -> str | None:
 
 def _problem_of_offsets(config) -> str | None:
     offsets = config.initial_offsets
-    if offsets is None:
-        return None
     if not offsets:
-        return "initial_offsets names the tokens that heads look at first, as [-1, 1, -2, 2], got none. None: no such."
-    if not config.attention_bias or config.qk_norm or config.score_function != "scaled_dot_product":
+        return None
+    if not _can_begin_with_offsets(config):
         return (
             f"initial_offsets={offsets} are biases of queries and keys that a dot product reads: it needs "
             "attention_bias=True, qk_norm=False and score_function='scaled_dot_product', got attention_bias="
             f"{config.attention_bias}, qk_norm={config.qk_norm} and score_function={config.score_function!r}. Set "
-            "these, or initial_offsets=None."
+            "these, or initial_offsets=[]."
         )
     if config.causal and max(offsets) > 0:
         return (

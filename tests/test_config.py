@@ -273,15 +273,14 @@ WRONG_OFFSETS = [
         (
             {"initial_offsets": [-1, 1], **options},
             rf"initial_offsets=\[-1, 1\] are biases .* it needs attention_bias=True, qk_norm=False and "
-            rf"score_function='scaled_dot_product', got {got}.*Set these, or initial_offsets=None",
+            rf"score_function='scaled_dot_product', got {got}.*Set these, or initial_offsets=\[\]",
         )
         for options, got in [
-            ({}, "attention_bias=False, qk_norm=False"),
+            ({"attention_bias": False}, "attention_bias=False, qk_norm=False"),
             ({"attention_bias": True, "qk_norm": True}, "attention_bias=True, qk_norm=True"),
             ({"attention_bias": True, "score_function": "cosine"}, ".*score_function='cosine'"),
         ]
     ),
-    ({"initial_offsets": [], "attention_bias": True}, r"as \[-1, 1, -2, 2\], got none. None: no such"),
     (
         {"initial_offsets": [-1, 1], "attention_bias": True, "causal": True},
         r"With causal=True no head sees .* got initial_offsets=\[-1, 1\]. Use 0 and negative ones",

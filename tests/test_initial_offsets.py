@@ -51,6 +51,35 @@ def test_new_heads_look_at_the_offsets_in_turn(kernel):
                 assert head[query].argmax() == query + offset
 
 
+def test_heads_look_at_their_neighbours_where_nothing_is_said():
+    asked = dict(make(initial_offsets=[-1, 1, -2, 2]).named_parameters())
+    for name, parameter in make(initial_offsets=None).named_parameters():
+        assert torch.equal(parameter, asked[name])
+    for weights in weights_without_content(make(initial_offsets=None, causal=True)):
+        for head, offset in zip(weights, (-1, -2, -1, -2), strict=True):
+            assert (head[4:].argmax(-1) == torch.arange(4, N) + offset).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": True},
+        {"score_function": "cosine"},
+        {"position_encoding": "alibi"},
+        {"position_encoding": "none"},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0}},
+    ],
+)
+def test_where_neighbours_cannot_be_told_apart_biases_begin_at_0(options):
+    for layer in make(initial_offsets=None, **options).layers:
+        assert not layer.attention.q_proj.bias.any()
+        assert not layer.attention.k_proj.bias.any()
+
+
+def test_without_biases_there_is_nothing_to_begin_with():
+    assert make(initial_offsets=None, attention_bias=False).layers[0].attention.q_proj.bias is None
+
+
 def test_heads_that_share_keys_look_at_one_offset():
     for weights in weights_without_content(make(num_key_value_heads=2)):
         for head, offset in zip(weights, (-1, -1, 1, 1), strict=True):
@@ -75,7 +104,7 @@ def test_global_projections_have_them_too():
 
 
 def test_all_else_begins_as_without_them():
-    ours, plain = make(), make(initial_offsets=None)
+    ours, plain = make(), make(initial_offsets=[])
     for (name, one), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
         changed = name.endswith(("q_proj.bias", "k_proj.bias"))
         assert torch.equal(one, other) != changed, name
