@@ -19,6 +19,7 @@ OPTIONS = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
+    "attention_bias": False,
     "causal": True,
     "attention_pattern": "sliding_window",
     "window_radius": 256,
