@@ -43,7 +43,11 @@ def read_rows(path: Path = ROWS) -> tuple[dict, dict[str, dict]]:
 def options_of(default: dict, changes: dict) -> dict:
     """The default's options with the changes; `config`, the model's, is changed key by key (None: left out)."""
     config = {**default.get("config", {}), **changes.get("config", {})}
-    merged = {**default, **changes, "config": {key: value for key, value in config.items() if value is not None}}
+    merged = {
+        **default,
+        **changes,
+        "config": {key: value for key, value in config.items() if value is not None} or None,
+    }
     return {key: value for key, value in merged.items() if value is not None}
 
 

@@ -41,9 +41,10 @@ def start(command: list[str], threads: int) -> float:
 def run(name: str, options: dict, seed: int, arguments: argparse.Namespace) -> dict:
     """The numbers of one training."""
     folder = Path("runs/ten-minutes", f"{arguments.language}-{name}-{seed}")
-    trial = {**options, "max_minutes": None, "max_steps": 3, "max_train_samples": 2000, "max_eval_samples": 50}
+    few = {"max_minutes": None, "max_steps": 3, "max_train_samples": 2000, "max_eval_samples": 50}
+    trial = options_of(options, few)
     before_clock = start(command_of(trial, arguments.data, seed, f"{folder}-trial"), arguments.threads)
-    command = command_of({**options, "max_minutes": arguments.minutes}, arguments.data, seed, str(folder))
+    command = command_of(options_of(options, {"max_minutes": arguments.minutes}), arguments.data, seed, str(folder))
     load = os.getloadavg()[0]
     print(f"\n{name}, seed {seed}: {shlex.join(command[1:])}", flush=True)
     start(command, arguments.threads)
