@@ -1,0 +1,60 @@
+"""Draws how ours and the stock models learned in ten minutes: docs/ten_minutes_en.png from the results.
+
+    python benchmarks/learning_curves.py
+    python benchmarks/learning_curves.py --language zh
+
+The loss in training (of the tokens asked for, some of which are not replaced by [MASK]) against tokens and against
+minutes; a thin line for each seed.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+from ablations import read_results
+from ten_minutes import RESULTS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SMOOTHED = 5  # entries of the log that a point is the mean of
+
+
+def points(result: dict, column: str) -> tuple[list[float], list[float]]:
+    """(values of the column, mean losses) of a training."""
+    columns, rows = result["curve"]["columns"], result["curve"]["rows"]
+    parts = [rows[first : first + SMOOTHED] for first in range(0, len(rows), SMOOTHED)]
+    place, loss = columns.index(column), columns.index("loss")
+    return [part[-1][place] for part in parts], [sum(row[loss] for row in part) / len(part) for part in parts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--language", default="en")
+    arguments = parser.parse_args()
+    found = [result for result in read_results(RESULTS) if result["language"] == arguments.language]
+    if not found:
+        parser.error(
+            f"{RESULTS} has nothing for --language {arguments.language}. Run benchmarks/ten_minutes.py first."
+        )
+    colors = dict(zip(dict.fromkeys(result["model"] for result in found), plt.cm.tab10.colors, strict=False))
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for panel, (column, unit, title) in zip(
+        panels, (("tokens", 1e6, "million tokens"), ("minutes", 1, "minutes")), strict=True
+    ):
+        for result in found:
+            x, y = points(result, column)
+            label = result["model"] if result["seed"] == found[0]["seed"] else None
+            panel.plot([value / unit for value in x], y, color=colors[result["model"]], label=label, linewidth=1)
+        panel.set(xlabel=title)
+        panel.grid(True, alpha=0.2)
+    panels[0].set(ylabel="loss in training, nats")
+    panels[0].legend()
+    figure.tight_layout()
+    picture = Path(f"docs/ten_minutes_{arguments.language}.png")
+    figure.savefig(picture, dpi=120)
+    print(f"written: {picture}")
+
+
+if __name__ == "__main__":
+    main()
