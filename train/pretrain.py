@@ -26,6 +26,7 @@ from hf_selfattn.tools.documents import open_stream
 from hf_selfattn.tools.fast_defaults import log_kernel
 from hf_selfattn.tools.masked_lm import MaskedTokenMetrics, show_predictions
 from hf_selfattn.tools.masking_rates import RatedRows, check_rate_end
+from hf_selfattn.tools.neighbour_vectors import init_token_vectors
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model, open_config, open_model, prepare_tokenizer
 from hf_selfattn.tools.packed_rows import PackedRows, PackingCollator, choose_packing
 from hf_selfattn.tools.plan import flops_per_token, plan_pretraining
@@ -33,7 +34,7 @@ from hf_selfattn.tools.pretraining import (
     PretrainingArguments,
     PretrainingScriptArguments,
     PretrainingTrainer,
-    check_unigram_bias,
+    check_first_values,
 )
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.run_record import write_run_record
@@ -97,7 +98,7 @@ def main(argv=None):
     start_logging(training)
     check_choice(arguments.long_texts)
     check_source_of_model(model_arguments)
-    check_unigram_bias(arguments, model_arguments)
+    check_first_values(arguments, model_arguments, source)
     check_rate_end(arguments.mlm_probability_end, training, getattr(source, "streaming", False))
     if source.streaming:
         check_training(training)
@@ -126,6 +127,8 @@ def main(argv=None):
     metrics = MaskedTokenMetrics(tokenizer, token_counts(rows["train"], config.vocab_size))
     if arguments.unigram_bias:
         metrics.init_output_bias(model)
+    if arguments.neighbour_vectors and resume_from is None:
+        init_token_vectors(model, rows["train"], config.initializer_range, training.seed)
     trainer = PretrainingTrainer(
         model=model,
         args=training,

@@ -45,6 +45,12 @@ class PretrainingArguments:
         default=False,
         metadata={"help": "A new model's output bias begins at the logarithm of each token's share of the data."},
     )
+    neighbour_vectors: bool = field(
+        default=False,
+        metadata={
+            "help": "A new model's token vectors begin as factors of which tokens stand side by side in the data."
+        },
+    )
     eval_mlm_probability: float = field(
         default=0.15, metadata={"help": "Share of tokens that evaluation masks and asks for."}
     )
@@ -54,13 +60,19 @@ class PretrainingArguments:
         check_replaced(self.mask_replace_prob, self.random_replace_prob)
 
 
-def check_unigram_bias(arguments, model_arguments):
-    """Raises ValueError where the output bias shall begin at the unigrams and the model is trained already."""
+def check_first_values(arguments, model_arguments, source):
+    """Raises ValueError where new weights shall begin with what the text says, and that is not possible."""
     name = model_arguments.model_name_or_path
-    if arguments.unigram_bias and name is not None:
+    for option, of_what in (("unigram_bias", "output bias"), ("neighbour_vectors", "token vectors")):
+        if getattr(arguments, option) and name is not None:
+            raise ValueError(
+                f"--{option} gives a new model its first {of_what}, got --model_name_or_path {name}, which is "
+                "trained. Leave one of them out."
+            )
+    if arguments.neighbour_vectors and source.streaming:
         raise ValueError(
-            f"--unigram_bias gives a new model its first output bias, got --model_name_or_path {name}, whose bias is "
-            "trained. Leave one of them out."
+            "--neighbour_vectors counts which tokens stand side by side before the training begins, and --streaming "
+            "reads no text before. Leave one of them out."
         )
 
 

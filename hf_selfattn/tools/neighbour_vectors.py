@@ -1,0 +1,82 @@
+"""First token vectors that know already which tokens stand beside which."""
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+MOST_TOKENS = 30_000_000
+"""That many tokens are counted at most."""
+
+SMOOTHING = 0.75  # power of the contexts' counts, against a bias towards rare ones (Levy et al. 2015, section 3.2)
+
+
+def neighbour_counts(rows, vocab_size, column="input_ids"):
+    """How often each token stands before and after each other.
+
+    Args:
+        rows: datasets.Dataset with lists of ids; they are read as one text, of which the first `MOST_TOKENS` count.
+
+    Returns:
+        Sparse (vocab_size, 2 * vocab_size) float tensor: [a, b] counts b before a, [a, vocab_size + b] b after a.
+    """
+    found, total = [], 0
+    for batch in rows.with_format("arrow").iter(10_000):
+        found.append(pc.list_flatten(batch[column]).to_numpy(zero_copy_only=False).astype(np.int64))
+        total += len(found[-1])
+        if total >= MOST_TOKENS:
+            break
+    ids = np.concatenate(found)[:MOST_TOKENS]
+    pairs, counts = np.unique(ids[:-1] * vocab_size + ids[1:], return_counts=True)
+    before, after = pairs // vocab_size, pairs % vocab_size
+    places = np.stack([np.concatenate([after, before]), np.concatenate([before, vocab_size + after])])
+    values = torch.from_numpy(np.concatenate([counts, counts])).float()
+    return _sparse(torch.from_numpy(places), values, (vocab_size, 2 * vocab_size))
+
+
+def positive_pmi(counts):
+    """max(0, log(p(a, b) / (p(a) p'(b)))) of a sparse matrix of counts, p' with `SMOOTHING`; sparse as they are."""
+    tokens, contexts = counts.indices()
+    of_token = torch.zeros(counts.shape[0]).index_add_(0, tokens, counts.values())
+    of_context = torch.zeros(counts.shape[1]).index_add_(0, contexts, counts.values()) ** SMOOTHING
+    ratio = counts.values() * of_context.sum() / (of_token[tokens] * of_context[contexts])
+    return _sparse(counts.indices(), ratio.log().clamp(min=0), counts.shape)
+
+
+def _sparse(places, values, shape):
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=False).coalesce()
+
+
+def neighbour_vectors(counts, width, seed=0):
+    """(V, width) vectors: the left factor U sqrt(S) of the positive PMI with neighbours, each of length 1.
+
+    A token that was never seen gets zeros.
+
+    Source: Levy and Goldberg 2014 (PMI factorised, its symmetric split); Halko et al. 2011 (randomised SVD).
+
+    Raises:
+        ValueError: width is larger than the number of tokens.
+    """
+    if width > counts.shape[0]:
+        raise ValueError(
+            f"{counts.shape[0]} tokens have vectors from their neighbours of at most that width, got {width}. Use a "
+            "smaller hidden_size or embedding_size, or more words."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, values, _ = torch.svd_lowrank(positive_pmi(counts), q=min(width + 32, counts.shape[0]), niter=2)
+    vectors = (left * values.sqrt())[:, :width]
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-9)
+
+
+@torch.no_grad()
+def init_token_vectors(model, rows, std, seed=0):
+    """Begins a new model's token vectors with those of its training text; features have mean square std^2.
+
+    Args:
+        model: with `get_input_embeddings`; tokens that the text has not keep their vectors.
+        rows: for `neighbour_counts`.
+    """
+    weight = model.get_input_embeddings().weight
+    vectors = neighbour_vectors(neighbour_counts(rows, weight.shape[0]), weight.shape[1], seed)
+    seen = vectors.norm(dim=1) > 0
+    weight[seen] = (vectors[seen] * std * weight.shape[1] ** 0.5).to(weight)
