@@ -228,7 +228,7 @@ def test_token_vectors_can_begin_with_the_neighbours_of_tokens(corpus, tmp_path,
     vectors = model.get_input_embeddings().weight
     lengths = vectors.norm(dim=1) / vectors.shape[1] ** 0.5
     counted = (lengths / model.config.initializer_range - 1).abs() < 1e-5
-    assert len(counted) / 3 < counted.sum() < len(counted)  # the corpus has not every token of the tokenizer
+    assert 50 < counted.sum() < len(counted)  # the corpus has not every token of the tokenizer
 
 
 class TestBadInput:
