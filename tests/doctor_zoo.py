@@ -335,7 +335,7 @@ def weights_cut_short(folder):
 @animal(errors="names of weights", what=r"1 weights .* not in the file.*q_proj")
 def a_weight_is_missing(folder):
     change_weights(
-        ours(folder)["name"], lambda w: {n: x for n, x in w.items() if "layers.1.attention.q_proj" not in n}
+        ours(folder)["name"], lambda w: {n: x for n, x in w.items() if "layers.1.attention.q_proj.weight" not in n}
     )
     return {"name": folder}
 

@@ -67,7 +67,9 @@ def make_ours(peer, head="base", **options):
 def options_of(config, head="base"):
     """The options of SelfAttnConfig that a peer's configuration means."""
     own = _OPTIONS.get(config.model_type)
-    return FAMILIES[config.model_type].options(config, head) if own is None else own(config)
+    if own is None:
+        return FAMILIES[config.model_type].options(config, head)
+    return {"attention_bias": False, **own(config)}
 
 
 def _big_bird(config):

@@ -540,9 +540,10 @@ def test_ia3_scales_the_inner_activations():
     by_hand, learned = new_model("text"), dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in by_hand.named_parameters():
-            scale = learned.get("base_model.model." + name.replace("weight", "ia3_l.default"))
+            module, _, kind = name.rpartition(".")
+            scale = learned.get(f"base_model.model.{module}.ia3_l.default")
             if scale is not None:
-                parameter *= scale
+                parameter *= scale if kind == "weight" else scale.flatten()  # keys and values: all that comes out
         by_hand.classifier.load_state_dict(
             {name.removeprefix("classifier.modules_to_save.default."): x for name, x in weights.items()
              if name.startswith("classifier.modules_to_save.default.")}

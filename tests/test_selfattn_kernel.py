@@ -404,6 +404,7 @@ def test_a_second_copy_keeps_to_its_own_operator(imported_copy, make_config, mak
     silent = make_model(config, "eager")
     with torch.no_grad():
         silent.layers[0].attention.v_proj.weight.zero_()
+        silent.layers[0].attention.v_proj.bias.zero_()
     for _ in range(2):
         for model, equal in ((ours, make_model(config, "eager")), (theirs, silent)):
             outputs = model(ids).last_hidden_state

@@ -127,8 +127,9 @@ def main(argv=None):
     metrics = MaskedTokenMetrics(tokenizer, token_counts(rows["train"], config.vocab_size))
     if arguments.unigram_bias:
         metrics.init_output_bias(model)
+    counting = 0.0
     if arguments.neighbour_vectors and resume_from is None:
-        init_token_vectors(model, rows["train"], config.initializer_range, training.seed)
+        counting = init_token_vectors(model, rows["train"], arguments.neighbour_vectors, training.seed)
     trainer = PretrainingTrainer(
         model=model,
         args=training,
@@ -142,6 +143,7 @@ def main(argv=None):
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.sums_of_rows,
         flops_per_token=lambda: flops_per_token(model.config, mean_length, arguments.mlm_probability, model),
+        seconds_before=counting,
     )
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=resume_from)

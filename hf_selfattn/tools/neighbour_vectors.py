@@ -1,11 +1,16 @@
 """First token vectors that know already which tokens stand beside which."""
 
+import time
+
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from transformers.utils import logging
 
 MOST_TOKENS = 30_000_000
 """That many tokens are counted at most."""
+
+logger = logging.get_logger(__name__)
 
 SMOOTHING = 0.75  # power of the contexts' counts, against a bias towards rare ones (Levy et al. 2015, section 3.2)
 
@@ -70,13 +75,21 @@ def neighbour_vectors(counts, width, seed=0):
 
 @torch.no_grad()
 def init_token_vectors(model, rows, std, seed=0):
-    """Begins a new model's token vectors with those of its training text; features have mean square std^2.
+    """Begins a new model's token vectors with those of its training text.
 
     Args:
         model: with `get_input_embeddings`; tokens that the text has not keep their vectors.
         rows: for `neighbour_counts`.
+        std: root mean square of the entries of each vector.
+
+    Returns:
+        The seconds it took: they are time in which the model learns, as those of its training.
     """
+    before = time.perf_counter()
     weight = model.get_input_embeddings().weight
     vectors = neighbour_vectors(neighbour_counts(rows, weight.shape[0]), weight.shape[1], seed)
     seen = vectors.norm(dim=1) > 0
     weight[seen] = (vectors[seen] * std * weight.shape[1] ** 0.5).to(weight)
+    seconds = time.perf_counter() - before
+    logger.warning(f"Neighbours counted and factorised in {seconds:.1f} s, which count as training.")
+    return seconds

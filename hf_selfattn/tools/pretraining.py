@@ -45,12 +45,11 @@ class PretrainingArguments:
         default=False,
         metadata={"help": "A new model's output bias begins at the logarithm of each token's share of the data."},
     )
-    neighbour_vectors: bool = field(
-        default=False,
-        metadata={
-            "help": "A new model's token vectors begin as factors of which tokens stand side by side in the data."
-        },
-    )
+    neighbour_vectors: float | None = field(
+        default=None,
+        metadata={"help": "A new model's token vectors begin as factors of which tokens stand side by side in the "
+                          "data, with entries of this root mean square; without it at random."},
+    )  # fmt: skip
     eval_mlm_probability: float = field(
         default=0.15, metadata={"help": "Share of tokens that evaluation masks and asks for."}
     )
@@ -58,6 +57,11 @@ class PretrainingArguments:
 
     def __post_init__(self):
         check_replaced(self.mask_replace_prob, self.random_replace_prob)
+        if self.neighbour_vectors is not None and not self.neighbour_vectors > 0:
+            raise ValueError(
+                f"--neighbour_vectors is the root mean square of the token vectors' entries, above 0, got "
+                f"{self.neighbour_vectors}. Leave it out for random vectors, or give a number such as 0.08."
+            )
 
 
 def check_first_values(arguments, model_arguments, source):
@@ -174,9 +178,10 @@ class PretrainingTrainer(CheckedTrainer):
     Args:
         flops_per_token: function that gives those of a training step (`plan.flops_per_token`), for the log's `mfu`;
             called where the devices' peak is known. None: it is left out.
+        seconds_before: that count as training (`Progress`).
     """
 
-    def __init__(self, *args, flops_per_token=None, **kwargs):
+    def __init__(self, *args, flops_per_token=None, seconds_before=0.0, **kwargs):
         arguments = kwargs["args"]
         if arguments.optimizer == "muon":
             muon = {
@@ -199,7 +204,7 @@ class PretrainingTrainer(CheckedTrainer):
         self.peak_flops = peak_of_training(arguments) if flops_per_token else None
         self.flops_per_token = flops_per_token() if self.peak_flops else None
         replicas = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        self.add_callback(Progress(*budget_of(arguments), replicas))
+        self.add_callback(Progress(*budget_of(arguments), replicas, seconds_before))
         if self.progress.unit != "steps" and self.pop_callback(ProgressCallback):
             self.add_callback(BudgetProgressCallback(lambda: self.progress.share()))
 

@@ -24,12 +24,13 @@ class Progress(TrainerCallback, ExportableState):
         unit: of the budget: "tokens", "minutes", or "steps" (the Trainer's own `max_steps`).
         limit: the budget; None for steps.
         replicas: processes that read the same batch (tensor and sequence parallelism).
+        seconds_before: in which the model learned before its training began.
     """
 
-    def __init__(self, unit="steps", limit=None, replicas=1):
+    def __init__(self, unit="steps", limit=None, replicas=1, seconds_before=0.0):
         self.unit, self.limit, self.replicas = unit, limit, replicas
         self.totals = dict.fromkeys(COUNTS, 0)
-        self.seconds = 0.0
+        self.seconds = self.seconds_before = seconds_before
         self.pending = None
         self.clock = self.share_before = self.of_session = self.first_step = None
         self.of_interval = (dict(self.totals), 0.0)
@@ -81,7 +82,7 @@ class Progress(TrainerCallback, ExportableState):
                 f"--max_{self.unit} cannot go on from it. Start anew from its weights with --model_name_or_path, or "
                 "go on with --max_steps."
             )
-        saved = Progress().state() if saved is None else saved
+        saved = Progress(seconds_before=self.seconds_before).state() if saved is None else saved
         self.totals, self.seconds = dict(saved["attributes"]["totals"]), saved["attributes"]["seconds"]
         state.stateful_callbacks[type(self).__name__] = self.state()
         self.pending = None
