@@ -495,7 +495,7 @@ class TestSuite:
 
     def run(self, folder, trainings, models=MODELS, seeds=(0, 1, 2)):
         tasks = {"a": "text-classification", "b": "question-answering", "cola": "text-classification"}
-        suite, results = read_suite(recipes(folder, **tasks)), Results(folder / "results.jsonl")
+        suite, results = read_suite([recipes(folder, **tasks)]), Results(folder / "results.jsonl")
         runs = folder / "runs"
         return run_suite(trainings, lambda recipe: {"majority": 0.4}, suite, models, seeds, results, runs, False)
 
@@ -550,7 +550,7 @@ class TestSuite:
             starts.append(model.get_input_embeddings().weight.detach().clone())
             return {"eval_accuracy": 0.5}
 
-        suite = read_suite(recipes(tmp_path, a="text-classification"))
+        suite = read_suite([recipes(tmp_path, a="text-classification")])
         model = SuiteModel("x", tiny_model_folder(), "1", from_scratch=True)
         for folder in ("once", "twice"):
             results = Results(tmp_path / folder / "results.jsonl")
@@ -565,24 +565,24 @@ class TestSuite:
     def test_local_data_and_overrides(self, tmp_path):
         (tmp_path / "data" / "a").mkdir(parents=True)
         recipes(tmp_path, a="text-classification", b="text-classification")
-        suite = read_suite(tmp_path, ["a"], tmp_path / "data", "learning_rate=5e-5,num_train_epochs=2")
+        suite = read_suite([tmp_path], ["a"], tmp_path / "data", "learning_rate=5e-5,num_train_epochs=2")
         assert list(suite) == ["a"]
         assert suite["a"]["dataset_name"] == str((tmp_path / "data" / "a").resolve())
         assert (suite["a"]["learning_rate"], suite["a"]["num_train_epochs"]) == (5e-5, 2)
         with pytest.raises(FileNotFoundError, match=r"a folder for each task, and .*b' is none. Leave b out"):
-            read_suite(tmp_path, None, tmp_path / "data")
+            read_suite([tmp_path], None, tmp_path / "data")
 
     def test_what_cannot_be_a_suite_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="holds no recipe"):
-            read_suite(tmp_path)
+            read_suite([tmp_path])
         recipes(tmp_path, sst2="text-classification")
         with pytest.raises(ValueError, match=r"--suite_tasks are sst2, got 'sst'. Did you mean 'sst2'"):
-            read_suite(tmp_path, ["sst"])
+            read_suite([tmp_path], ["sst"])
         with pytest.raises(ValueError, match=r"the suite sets 'seed' itself for each run. Leave it out"):
-            read_suite(tmp_path, overrides="seed=3")
+            read_suite([tmp_path], overrides="seed=3")
         recipes(tmp_path, other="cooking")
         with pytest.raises(ValueError, match=r"says its task, one of .*; 'other' has 'cooking'"):
-            read_suite(tmp_path)
+            read_suite([tmp_path])
 
 
 class TestBaselines:
@@ -609,6 +609,14 @@ class TestBaselines:
             "majority": 0.25,
             "commonest_of_each_word": 0.75,
         }
+
+    def test_chunks(self):
+        tags = ["O", "O", "O", "B-X", "I-X", "O", "B-X"]
+        rows = Dataset.from_list([{"tokens": list("abacdab"), "tags": tags}])
+        task = TokenClassification(TaskArguments(), {"train": rows, "validation": rows})
+        # By its commonest labels, c d alone is a chunk: found, and all that is found is one.
+        assert suite_baselines(task, rows, rows, "f1") == {
+            "majority": 0.0, "commonest_of_each_word": pytest.approx(2 / 3)}  # fmt: skip
 
     def test_others_have_none(self):
         rows = Dataset.from_list([{"context": "a", "ending0": "b", "ending1": "c", "label": 1}])

@@ -127,12 +127,14 @@ def test_a_model_that_is_too_short_is_said_before_another_is_measured(evaluate, 
 
 
 def test_the_recipes_of_the_suite(evaluate):
-    suite = evaluate.read_suite(evaluate.RECIPES)
+    chinese = Path(evaluate.RECIPES).with_name("suite_zh")
+    suite = evaluate.read_suite([evaluate.RECIPES])
     assert set(suite) == {"sst2", "cola", "mrpc", "rte", "stsb", "ud_english_ewt", "squad", "zh_waimai"}
+    suite = evaluate.read_suite([evaluate.RECIPES, chinese])
+    assert set(suite) > {"sst2", "zh_waimai", "zh_csl_category", "zh_weibo_ner"}
     classes = [evaluate.SourceArguments, evaluate.ModelArguments, evaluate.TaskArguments, evaluate.FinetuningArguments]
-    for name in suite:
-        recipe = str(Path(evaluate.RECIPES, f"{name}.yaml"))
-        *_, training = evaluate.parse_arguments(classes, [recipe, "--output_dir", "out"])
+    for recipe in [*evaluate.RECIPES.glob("*.yaml"), *chinese.glob("*.yaml")]:
+        *_, training = evaluate.parse_arguments(classes, [str(recipe), "--output_dir", "out"])
         assert (training.eval_strategy, training.save_strategy) == ("no", "no")
         assert not training.load_best_model_at_end
 

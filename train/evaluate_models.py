@@ -143,7 +143,9 @@ def main(argv=None):
         overrides = ",".join(
             filter(None, [arguments.suite_overrides, "trust_remote_code=True" * arguments.trust_remote_code])
         )
-        suite = read_suite(arguments.suite_recipes or RECIPES, arguments.suite_tasks, arguments.suite_data, overrides)
+        suite = read_suite(
+            arguments.suite_recipes or [RECIPES], arguments.suite_tasks, arguments.suite_data, overrides
+        )
     folder = Path(arguments.output_dir)
     results = Results(folder / "results.jsonl")
     scores = without_training(arguments, data, results)

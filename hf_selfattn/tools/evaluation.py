@@ -48,8 +48,8 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "Of the masks, and the first one of the suite."})
     blimp: str = field(default="nyu-mll/blimp", metadata={"help": "BLiMP on the Hub, or a folder."})
     max_pairs_per_paradigm: int | None = field(default=None, metadata={"help": "The first pairs, for a quick look."})
-    suite_recipes: str | None = field(
-        default=None, metadata={"help": "Folder of the suite's recipes; without it train/recipes/suite."}
+    suite_recipes: list[str] | None = field(
+        default=None, metadata={"help": "Folders of the suite's recipes; without them train/recipes/suite."}
     )
     suite_tasks: list[str] | None = field(default=None, metadata={"help": "Recipes by name; without it, all."})
     suite_data: str | None = field(

@@ -8,6 +8,7 @@ the same order.
 import shutil
 import statistics
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from .recipes import nearest, read_recipe
 from .scoring import score
 from .tokenizer import open_tokenizer, save_tokenizer
 
-METRICS = {"cola": "matthews_correlation", "stsb": "spearmanr"}
+METRICS = {"cola": "matthews_correlation", "stsb": "spearmanr", "zh_weibo_ner": "f1"}
 """By which metric a task is reported, where it is not the usual one of its kind."""
 METRIC_OF_KIND = {"text-classification": "accuracy", "text-regression": "pearsonr", "token-classification": "accuracy",
                   "question-answering": "f1", "multiple-choice": "accuracy"}  # fmt: skip
@@ -47,21 +48,25 @@ class SuiteModel(NamedTuple):
     from_scratch: bool = False
 
 
-def read_suite(folder, names=None, data=None, overrides=None):
-    """{task: recipe} of the recipes in a folder.
+def read_suite(folders, names=None, data=None, overrides=None):
+    """{task: recipe} of the recipes in some folders.
 
     Args:
+        folders: list of them.
         names: tasks to keep; None: all.
         data: a folder with a data set for each task, by its name, in the place of those on the Hub.
         overrides: "name=value,name=value", for all recipes.
 
     Raises:
-        FileNotFoundError: no recipe in the folder, no data set of a task in `data`.
+        FileNotFoundError: no recipe in a folder, no data set of a task in `data`.
         ValueError: an unknown task; a recipe without a kind of task; an override of what the suite decides.
     """
-    recipes = {path.stem: read_recipe(path) for path in sorted(Path(folder).glob("*.yaml"))}
-    if not recipes:
-        raise FileNotFoundError(f"--suite_recipes {str(folder)!r} holds no recipe (*.yaml). Pass a folder that does.")
+    recipes = {}
+    for folder in folders:
+        found = {path.stem: read_recipe(path) for path in sorted(Path(folder).glob("*.yaml"))}
+        if not found:
+            raise FileNotFoundError(f"--suite_recipes {str(folder)!r} holds no recipe (*.yaml). Name folders that do.")
+        recipes |= found
     for name in names or ():
         if name not in recipes:
             raise ValueError(f"--suite_tasks are {', '.join(recipes)}, got {name!r}.{nearest(name, recipes)}")
@@ -186,8 +191,8 @@ def suite_baselines(task, train, validation, metric):
         sides = [vectorizer.transform([text or "" for text in validation[column]]) for column in task.text_columns]
         cosine = np.asarray(sides[0].multiply(sides[1]).sum(1)).reshape(-1)
         return {"tfidf_cosine": score(metric, cosine, task.targets(validation))[metric]}
-    if task.name == "token-classification" and metric == "accuracy":
-        return _word_baselines(task, train, validation)
+    if task.name == "token-classification":
+        return _word_baselines(task, train, validation, metric)
     return {}
 
 
@@ -195,19 +200,20 @@ def _joined(task, rows):
     return [" ".join(str(row[column] or "") for column in task.text_columns) for row in rows]
 
 
-def _word_baselines(task, train, validation):
-    def words_and_labels(rows):
-        for words, labels in zip(rows[task.word_column], names_in(rows, task.label_column), strict=True):
-            yield from zip(words, labels, strict=True)
+def _word_baselines(task, train, validation, metric):
+    def labelled(rows):
+        return [list(zip(*row, strict=True)) for row in zip(rows[task.word_column], names_in(rows, task.label_column),
+                                                            strict=True)]  # fmt: skip
 
     of_word, overall = defaultdict(Counter), Counter()
-    for word, label in words_and_labels(train):
+    for word, label in chain.from_iterable(labelled(train)):
         of_word[word][label] += 1
         overall[label] += 1
     commonest = overall.most_common(1)[0][0]
     best = {word: counts.most_common(1)[0][0] for word, counts in of_word.items()}
-    pairs = list(words_and_labels(validation))
-    return {
-        "majority": sum(label == commonest for _, label in pairs) / len(pairs),
-        "commonest_of_each_word": sum(label == best.get(word, commonest) for word, label in pairs) / len(pairs),
+    rows = labelled(validation)
+    answers = {
+        "majority": [[commonest for _ in row] for row in rows],
+        "commonest_of_each_word": [[best.get(word, commonest) for word, _ in row] for row in rows],
     }
+    return {name: task.score(tags, validation)[metric] for name, tags in answers.items()}

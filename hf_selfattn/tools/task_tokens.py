@@ -168,20 +168,19 @@ class TokenClassification(Task):
         return tags
 
     def compute_metrics(self, rows, features):
+        # a word cut off by `truncate` counts as wrong, not as absent
+        return lambda prediction: self.score(self.tags(rows, features, prediction.predictions), rows)
+
+    def score(self, tags, rows):
+        """The metrics of these tags, a list for each row; those of chunks where labels begin with B- and I-."""
         wanted = names_in(rows, self.label_column)
-
-        def compute(prediction):
-            # a word cut off by `truncate` counts as wrong, not as absent
-            tags = self.tags(rows, features, prediction.predictions)
-            if self.is_chunks:
-                return score("seqeval", [[tag or "O" for tag in row] for row in tags], wanted)
-            number = {name: index for index, name in enumerate(self.label_names)}
-            chosen = [number.get(tag, -1) for row in tags for tag in row]
-            right = [number[name] for row in wanted for name in row]
-            macro = score("f1", chosen, right, average="macro", labels=sorted(set(right)))
-            return {**score("accuracy", chosen, right), **macro}
-
-        return compute
+        if self.is_chunks:
+            return score("seqeval", [[tag or "O" for tag in row] for row in tags], wanted)
+        number = {name: index for index, name in enumerate(self.label_names)}
+        chosen = [number.get(tag, -1) for row in tags for tag in row]
+        right = [number[name] for row in wanted for name in row]
+        macro = score("f1", chosen, right, average="macro", labels=sorted(set(right)))
+        return {**score("accuracy", chosen, right), **macro}
 
     def predictions(self, rows, features, outputs):
         words = rows[self.word_column]
