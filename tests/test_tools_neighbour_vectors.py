@@ -36,7 +36,10 @@ def test_pmi_of_neighbours_in_rows_that_are_one_text():
 
 @pytest.mark.parametrize("width", [3, V])
 def test_vectors_are_the_left_factor(width):
-    left, values, _ = torch.linalg.svd(pmi_by_hand(), full_matrices=False)
+    beside = TEXT[:-1] + TEXT[1:]  # as often as each has a neighbour
+    weights = torch.tensor([max(beside.count(token) / len(beside), 1e-7) ** 0.25 for token in range(V)]).double()
+    weighted = torch.diag(weights) @ pmi_by_hand() @ torch.diag(weights.repeat(2))
+    left, values, _ = torch.linalg.svd(weighted, full_matrices=False)
     expected = (left * values.sqrt())[:, :width]
     expected[1:] /= expected[1:].norm(dim=1, keepdim=True)
     found = tools.neighbour_vectors(tools.neighbour_counts(ROWS, V), width).double()

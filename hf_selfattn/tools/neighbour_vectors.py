@@ -14,6 +14,10 @@ logger = logging.get_logger(__name__)
 
 SMOOTHING = 0.75  # power of the contexts' counts, against a bias towards rare ones (Levy et al. 2015, section 3.2)
 
+WEIGHTING = 0.25
+"""Power of a token's share of the text by which its row and its columns count in the factorisation: else rare tokens,
+whose PMI is the largest and the least certain, would take most of the directions."""
+
 
 def neighbour_counts(rows, vocab_size, column="input_ids"):
     """How often each token stands before and after each other.
@@ -52,11 +56,12 @@ def _sparse(places, values, shape):
 
 
 def neighbour_vectors(counts, width, seed=0):
-    """(V, width) vectors: the left factor U sqrt(S) of the positive PMI with neighbours, each of length 1.
+    """(V, width) vectors: the left factor U sqrt(S) of the weighted positive PMI with neighbours, each of length 1.
 
     A token that was never seen gets zeros.
 
-    Source: Levy and Goldberg 2014 (PMI factorised, its symmetric split); Halko et al. 2011 (randomised SVD).
+    Source: Levy and Goldberg 2014 (PMI factorised, its symmetric split); Halko et al. 2011 (randomised SVD). The
+    weights are ours.
 
     Raises:
         ValueError: width is larger than the number of tokens.
@@ -66,11 +71,21 @@ def neighbour_vectors(counts, width, seed=0):
             f"{counts.shape[0]} tokens have vectors from their neighbours of at most that width, got {width}. Use a "
             "smaller hidden_size or embedding_size, or more words."
         )
+    pmi, weight = positive_pmi(counts), token_weights(counts)
+    tokens, contexts = pmi.indices()
+    values = weight[tokens] * pmi.values() * weight[contexts % len(weight)]
+    weighted = _sparse(pmi.indices(), values, pmi.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        left, values, _ = torch.svd_lowrank(positive_pmi(counts), q=min(width + 32, counts.shape[0]), niter=2)
-    vectors = (left * values.sqrt())[:, :width]
+        left, values, _ = torch.svd_lowrank(weighted, q=min(width + 32, counts.shape[0]), niter=2)
+    vectors = (left * values.sqrt())[:, :width]  # the weight of a row is gone when its length is 1
     return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-9)
+
+
+def token_weights(counts):
+    """(V,) share of each token among all, to the power of `WEIGHTING`; 1e-7 at least."""
+    found = torch.zeros(counts.shape[0]).index_add_(0, counts.indices()[0], counts.values())
+    return (found / found.sum()).clamp(min=1e-7) ** WEIGHTING
 
 
 @torch.no_grad()
