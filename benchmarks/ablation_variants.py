@@ -8,9 +8,7 @@ What is worth its place becomes an option; the rest stays here, so that its row 
 import itertools
 import runpy
 import sys
-import time
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import BertForMaskedLM, ModernBertForMaskedLM, TrainerCallback
@@ -19,7 +17,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from hf_selfattn import SelfAttnForMaskedLM, SelfAttnPreTrainedModel
 from hf_selfattn.attention import SelfAttention
 from hf_selfattn.layers import FeedForward
-from hf_selfattn.tools import packed_rows, windows
+from hf_selfattn.tools import packed_rows
 from hf_selfattn.tools.pretraining import PretrainingTrainer
 
 
@@ -112,37 +110,6 @@ def batch_ramp(sizes=(4, 8, 16, 32)):
     torch.utils.data.BatchSampler.__iter__ = batches
 
 
-def pmi_embeddings(std=0.02, smoothing=0.75):
-    """Token vectors begin as factors of what tokens have in common: the PMI with their neighbours on either side."""
-    counted, initial, found = windows.token_counts, PretrainingTrainer.__init__, {}
-
-    def token_counts(rows, vocab_size, column="input_ids"):
-        found["rows"] = rows
-        return counted(rows, vocab_size, column)
-
-    def make(self, *args, **kwargs):
-        initial(self, *args, **kwargs)
-        before = time.perf_counter()
-        weight = self.model.get_input_embeddings().weight
-        size, width = weight.shape
-        ids = np.concatenate([np.asarray(row) for batch in found["rows"].with_format("numpy").iter(10_000)
-                              for row in batch["input_ids"]])  # fmt: skip
-        pairs = np.bincount(ids[:-1].astype(np.int64) * size + ids[1:], minlength=size * size)
-        pairs = torch.from_numpy(pairs).view(size, size).float()
-        sides = torch.cat([pairs.T, pairs], dim=1)  # what stands before, what stands after
-        of_token, of_context = sides.sum(1, keepdim=True), sides.sum(0, keepdim=True) ** smoothing
-        pmi = (sides * of_context.sum() / (of_token * of_context).clamp(min=1e-9)).log().clamp_(min=0)
-        torch.manual_seed(0)
-        left, values, _ = torch.svd_lowrank(pmi, q=width + 32, niter=2)
-        vectors = (left * values.sqrt())[:, :width]
-        known = vectors.norm(dim=1) > 0
-        vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-9) * std * width**0.5
-        weight.data[known] = vectors[known].to(weight)
-        print(f"pmi_embeddings: {time.perf_counter() - before:.1f} s")
-
-    windows.token_counts, PretrainingTrainer.__init__ = token_counts, make
-
-
 def sparse_predictions():
     """Stock BERT and ModernBERT make logits at labelled places alone while they train, as ours always does."""
     for stock, encoder, head in (
@@ -180,8 +147,6 @@ def stock():
 VARIANTS = {
     "stock": stock,
     "batch_ramp": batch_ramp,
-    "pmi_embeddings": pmi_embeddings,
-    "pmi_embeddings_04": lambda: pmi_embeddings(0.04),
     "zero_outputs": zero_outputs,
     "value_residuals": value_residuals,
     "averaged_20": lambda: averaged(0.2),

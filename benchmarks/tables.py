@@ -106,7 +106,7 @@ TABLES = {
     "inference": lambda: by_setting("inference_speed"),
     "attention": attention,
     "scaling": scaling,
-    "ablations": lambda: ablations(2_000_000),
+    "ablations": lambda: ablations(1_000_000),
     "ten_minutes_en": lambda: ten_minutes("en"),
     "ten_minutes_zh": lambda: ten_minutes("zh"),
 }
