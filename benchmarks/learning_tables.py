@@ -1,10 +1,13 @@
 """The tables of docs/recipes.md and docs/results.md: what models learned."""
 
+import json
 import statistics
 from pathlib import Path
 
 from ablations import RESULTS, read_results, read_rows
 from ten_minutes import RESULTS as TEN_MINUTES
+
+from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
 
 
 def spread(values: list[float]) -> str:
@@ -57,3 +60,16 @@ def ten_minutes(language: str, path: Path = TEN_MINUTES) -> str:
         name = f"**{name}**" if name == "ours" else name
         lines.append(f"| {name} | {losses} | {accuracy:.1%} | {bits:.3f} | {tokens:.1f} | {len(results)} |")
     return "\n".join(lines)
+
+
+def blimp(language: str) -> str:
+    return blimp_table(_evaluation(f"blimp_{language}")["models"])
+
+
+def suite(language: str) -> str:
+    return suite_table(_evaluation(f"suite_{language}")["suite"])
+
+
+def _evaluation(name: str) -> dict:
+    """What train/evaluate_models.py wrote to `evaluation.json`, kept with the results."""
+    return json.loads(RESULTS.with_name(f"{name}.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from learning_tables import ablations, ten_minutes
+from learning_tables import ablations, blimp, suite, ten_minutes
 
 RESULTS = Path("benchmarks/results")
 PAGES = (*map(Path, ("docs/performance.md", "docs/recipes.md", "docs/results.md")), Path("README.md"))
@@ -109,6 +109,9 @@ TABLES = {
     "ablations": lambda: ablations(1_000_000),
     "ten_minutes_en": lambda: ten_minutes("en"),
     "ten_minutes_zh": lambda: ten_minutes("zh"),
+    "blimp_en": lambda: blimp("en"),
+    "suite_en": lambda: suite("en"),
+    "suite_zh": lambda: suite("zh"),
 }
 
 
