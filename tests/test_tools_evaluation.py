@@ -496,6 +496,7 @@ class TestSuite:
     def run(self, folder, trainings, models=MODELS, seeds=(0, 1, 2)):
         tasks = {"a": "text-classification", "b": "question-answering", "cola": "text-classification"}
         suite, results = read_suite([recipes(folder, **tasks)]), Results(folder / "results.jsonl")
+        suite["cola"]["metric_for_best_model"] = "matthews_correlation"
         runs = folder / "runs"
         return run_suite(trainings, lambda recipe: {"majority": 0.4}, suite, models, seeds, results, runs, False)
 

@@ -132,6 +132,9 @@ def test_the_recipes_of_the_suite(evaluate):
     assert set(suite) == {"sst2", "cola", "mrpc", "rte", "stsb", "ud_english_ewt", "squad", "zh_waimai"}
     suite = evaluate.read_suite([evaluate.RECIPES, chinese])
     assert set(suite) > {"sst2", "zh_waimai", "zh_csl_category", "zh_weibo_ner"}
+    metrics = {name: evaluate.metric_of(suite[name]) for name in ("sst2", "cola", "stsb", "squad", "zh_weibo_ner")}
+    assert metrics == {"sst2": "accuracy", "cola": "matthews_correlation", "stsb": "spearmanr", "squad": "f1",
+                       "zh_weibo_ner": "f1"}  # fmt: skip
     classes = [evaluate.SourceArguments, evaluate.ModelArguments, evaluate.TaskArguments, evaluate.FinetuningArguments]
     for recipe in [*evaluate.RECIPES.glob("*.yaml"), *chinese.glob("*.yaml")]:
         *_, training = evaluate.parse_arguments(classes, [str(recipe), "--output_dir", "out"])

@@ -114,7 +114,7 @@ def baselines_of(recipe):
     splits = load_source(source, training.seed)
     task = make_task(options, splits)
     splits = sampled(splits, source, training.seed)
-    metric = metric_of(Path(recipe).stem.removesuffix("-baselines"), read_recipe(recipe))
+    metric = metric_of(read_recipe(recipe))
     return suite_baselines(task, splits["train"], splits["validation"], metric)
 
 

@@ -26,8 +26,6 @@ from .recipes import nearest, read_recipe
 from .scoring import score
 from .tokenizer import open_tokenizer, save_tokenizer
 
-METRICS = {"cola": "matthews_correlation", "stsb": "spearmanr", "zh_weibo_ner": "f1"}
-"""By which metric a task is reported, where it is not the usual one of its kind."""
 METRIC_OF_KIND = {"text-classification": "accuracy", "text-regression": "pearsonr", "token-classification": "accuracy",
                   "question-answering": "f1", "multiple-choice": "accuracy"}  # fmt: skip
 
@@ -94,8 +92,10 @@ def read_suite(folders, names=None, data=None, overrides=None):
     return suite
 
 
-def metric_of(task, recipe):
-    return METRICS.get(task, METRIC_OF_KIND[recipe["task"]])
+def metric_of(recipe):
+    """By which a task is reported: its recipe's `metric_for_best_model`, or the usual one of its kind."""
+    named = recipe.get("metric_for_best_model", "task")
+    return METRIC_OF_KIND[recipe["task"]] if named == "task" else named.removeprefix("eval_")
 
 
 def fresh_weights(model, seed, folder, **code):
@@ -125,7 +125,7 @@ def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=T
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = {task: {"metric": metric_of(task, recipe), "models": defaultdict(list)} for task, recipe in suite.items()}
+    found = {task: {"metric": metric_of(recipe), "models": defaultdict(list)} for task, recipe in suite.items()}
     runs = [(seed, task, model) for seed in seeds for task in suite for model in models]
     for seed, task, model in tqdm(runs, desc="fine-tuning", unit=" runs", disable=not show):
         key = {"part": "suite", "task": task, "seed": seed, "model": model.label, "identity": model.identity,
