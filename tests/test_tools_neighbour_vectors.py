@@ -48,6 +48,15 @@ def test_vectors_are_the_left_factor(width):
     torch.testing.assert_close(found[1:] @ found[1:].T, expected[1:] @ expected[1:].T, atol=1e-4, rtol=1e-4)
 
 
+def test_words_that_are_nowhere_get_no_rounding_errors():
+    seed = torch.Generator().manual_seed(0)
+    text = torch.multinomial(1 / torch.arange(1, 301.0), 20_000, replacement=True, generator=seed) * 2
+    counts = tools.neighbour_counts(Dataset.from_dict({"input_ids": [text.tolist()]}), 600)
+    vectors = tools.neighbour_vectors(counts, 128)
+    assert not vectors[1::2].any()
+    assert_close(vectors[::2].norm(dim=1), torch.ones(300), dtype=torch.float32)
+
+
 def test_tokens_with_the_same_neighbours_have_the_same_vector():
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 1, 4, 3, 1, 2, 3, 1, 4, 3, 5, 1, 1, 5, 3, 3]]})
     vectors = tools.neighbour_vectors(tools.neighbour_counts(rows, 6), 4)
