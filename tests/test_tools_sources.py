@@ -97,6 +97,12 @@ def test_a_bad_source_is_refused(arguments, error, message):
         load_source(SourceArguments(**arguments))
 
 
+def test_a_hub_out_of_reach_is_said_with_the_way_out(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"someone/nothing.* name a folder .* or files"):
+        load_source(SourceArguments(dataset_name="someone/nothing"))
+
+
 def test_an_empty_data_set_is_refused(tmp_path):
     empty, other = tmp_path / "empty.txt", tmp_path / "train.pdf"
     empty.write_text("")

@@ -60,6 +60,11 @@ class SourceArguments:
 def _load(path, *args, **kwargs):
     try:
         return load_dataset(path, *args, **kwargs)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}. Connect this machine, or name a folder (--dataset_name ./folder) or files (--train_file, "
+            "--validation_file) that are here."
+        ) from error
     except DatasetGenerationError as error:
         cause = error.__cause__ or error.__context__ or error
         raise ValueError(
