@@ -29,6 +29,12 @@ def test_a_tokenizer_from_a_text_file(tmp_path, corpus, algorithm, capsys):
     assert "characters a token" in capsys.readouterr().out
 
 
+def test_blank_rows_are_no_part_of_its_numbers(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": ""}] * 1100 + [{"text": text} for text in sentences(50)])
+    options = ["--train_file", rows, "--vocab_size", "300", "--output_dir", str(tmp_path / "out")]
+    assert script("train_tokenizer").main(options)["characters_per_token"] > 1
+
+
 def test_bad_input_is_refused(tmp_path, corpus):
     main = script("train_tokenizer").main
     rows = write_rows(tmp_path / "rows.jsonl", [{"sentence": "a", "label": 1}])

@@ -10,6 +10,7 @@ result. It works on bytes: no text, in whatever language, has an unknown token, 
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
@@ -54,7 +55,7 @@ def main(argv=None):
         tokenizer.model_max_length = arguments.model_max_length
     save_tokenizer(tokenizer, arguments.output_dir)
 
-    sample = [text for text in rows[column][:1000] if text]
+    sample = list(islice((text for text in rows[column] if text and not text.isspace()), 1000))
     tokens = sum(len(ids) for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
     characters, size = sum(map(len, sample)), sum(len(text.encode()) for text in sample)
     results = {
