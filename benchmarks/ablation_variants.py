@@ -58,7 +58,10 @@ def value_residuals():
 
 
 class Average(TrainerCallback):
-    """The mean of the weights after each tenth step of the last `share` of a training takes their place."""
+    """The mean of the weights after each tenth step of the last `share` of a training takes their place.
+
+    Where no such step is, the weights stay as they are.
+    """
 
     def __init__(self, trainer, share):
         self.trainer, self.share, self.count, self.mean = trainer, share, 0, None
@@ -74,8 +77,9 @@ class Average(TrainerCallback):
             torch._foreach_lerp_(self.mean, weights, 1 / self.count)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        for parameter, mean in zip(model.parameters(), self.mean, strict=True):
-            parameter.data.copy_(mean)
+        if self.mean is not None:
+            for parameter, mean in zip(model.parameters(), self.mean, strict=True):
+                parameter.data.copy_(mean)
 
 
 def averaged(share):

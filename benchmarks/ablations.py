@@ -6,10 +6,11 @@
 
 benchmarks/ablations.yaml has the rows. Each is one run of train/pretrain.py on one thread, which this prints before it
 starts it; --data is a folder with the data sets that the rows name. All train on the default's number of tokens, or,
-with --equal_time, on as many as the row has time for: its speed, the median in its runs at equal tokens, over the
-default's. Results are appended to benchmarks/results/ablations.jsonl as they come, and what stands there is not run
-again, so that a table may grow over days. `benchmarks/tables.py` makes the tables of docs/recipes.md from it. The
-tokenizer that the rows name is trained on their text first, where it is not there.
+with --equal_time, on as many as fit into the default's time: its seconds, less those of the row's neighbour vectors,
+at the row's speed, the medians of runs at equal tokens. Results are appended to benchmarks/results/ablations.jsonl as
+they come, and what stands there is not run again, so that a table may grow over days; with other options than the row
+has now it is refused. `benchmarks/tables.py` makes the tables of docs/recipes.md from it. The tokenizer that the rows
+name is trained on their text first, where it is not there.
 """
 
 import argparse
@@ -21,34 +22,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import yaml
+from ablation_plan import RESULTS, ROWS, plan, read_results, read_rows
 
-ROWS = Path("benchmarks/ablations.yaml")
-RESULTS = Path("benchmarks/results/ablations.jsonl")
-
-
-def read_rows(path: Path = ROWS) -> tuple[dict, dict[str, dict]]:
-    """(the options of the default, {"group: row": what that row changes})."""
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    rows = {"default": {}}
-    for group, changes in written["groups"].items():
-        rows |= {f"{group}: {row}": options for row, options in changes.items()}
-    return written["default"], rows
-
-
-def options_of(default: dict, changes: dict) -> dict:
-    """The default's options with the changes; `config`, the model's, is changed key by key (None: left out)."""
-    config = {**default.get("config", {}), **changes.get("config", {})}
-    merged = {
-        **default,
-        **changes,
-        "config": {key: value for key, value in config.items() if value is not None} or None,
-    }
-    return {key: value for key, value in merged.items() if value is not None}
+RECIPE = Path("train/recipes/cpu-10-minutes.yaml")
 
 
 def command_of(options: dict, data: Path, seed: int, output: str) -> list[str]:
@@ -67,35 +49,33 @@ def command_of(options: dict, data: Path, seed: int, output: str) -> list[str]:
     return command
 
 
-def read_results(path: Path = RESULTS) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def relative_speed(results: list[dict], row: str, tokens: int) -> float:
-    """Tokens a second over the default's, in runs at that many tokens."""
-    alike = [result for result in results if (result["equal"], result["budget"]) == ("tokens", tokens)]
-    speeds = {name: [result["tokens_per_second"] for result in alike if result["row"] == name]
-              for name in (row, "default")}  # fmt: skip
-    if not all(speeds.values()):
-        raise ValueError(f"Equal time needs the speeds of {row!r} and of the default. Run both at equal tokens first.")
-    return statistics.median(speeds[row]) / statistics.median(speeds["default"])
-
-
-def make_tokenizer(options: dict, data: Path) -> None:
-    """Trains the tokenizer that runs name, where it is not there."""
-    if not Path(options["tokenizer_name"]).is_dir():
+def make_tokenizer(options: dict, data: Path) -> float | None:
+    """Trains the tokenizer that runs name, where it is not there; the seconds that it took, None where not known."""
+    folder = Path(options["tokenizer_name"])
+    kept = folder / "seconds.json"
+    if not (folder / "tokenizer.json").exists():
+        size = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["tokenizer_vocab_size"]
         files = [each.replace("DATA", str(data)) for each in options["train_file"]]
         command = [sys.executable, "train/train_tokenizer.py", "--train_file", *files, "--text_column"]
-        command += [options["text_column"], "--vocab_size", "8192", "--output_dir", options["tokenizer_name"]]
+        command += [options["text_column"], "--vocab_size", str(size), "--output_dir", str(folder)]
+        before = time.perf_counter()
         subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=True)
+        kept.write_text(json.dumps({"seconds": round(time.perf_counter() - before, 1)}), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))["seconds"] if kept.exists() else None
 
 
 def curve_of(log: list[dict], points: int = 40) -> list[list]:
     """[tokens so far, loss in training] at that many places, each the mean of the log entries since the last."""
-    entries = [(entry["tokens"], entry["loss"]) for entry in log if "loss" in entry]
+    entries = [(entry["tokens"], entry["loss"]) for entry in log]
     size = max(1, -(-len(entries) // points))
     parts = [entries[first : first + size] for first in range(0, len(entries), size)]
     return [[part[-1][0], round(sum(loss for _, loss in part) / len(part), 4)] for part in parts]
+
+
+def seconds_before(log: list[dict]) -> float:
+    """Those that count as training and are not the steps of the first entry: the neighbour vectors'."""
+    first = log[0]
+    return round(max(0.0, first["minutes"] * 60 - first["tokens"] / first["tokens_per_second"]), 1)
 
 
 def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
@@ -106,19 +86,21 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": "."}
         finished = subprocess.run(command, env=environment, capture_output=True, text=True)
         if finished.returncode:
-            print(f"{row}, seed {seed} failed:\n{finished.stderr[-3000:]}", flush=True)
-            return {}
+            raise RuntimeError(finished.stderr[-3000:])
         scores = json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
         record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
         state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
     names = ("loss", "accuracy", "bits_per_byte", "masked_tokens")
+    log = [entry for entry in state["log_history"] if "loss" in entry]
     return {
         "row": row,
         "seed": seed,
         "options": options,
         **{name: scores[f"eval_{name}"] for name in names},
-        "tokens_per_second": statistics.median(e["tokens_per_second"] for e in state["log_history"] if "loss" in e),
-        "curve": curve_of(state["log_history"]),
+        "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in log),
+        "seconds_before": seconds_before(log),
+        "minutes": log[-1]["minutes"],
+        "curve": curve_of(log),
         "load": os.getloadavg()[0],
         "commit": record.get("commit"),
         "versions": record.get("versions"),
@@ -128,7 +110,7 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--row", nargs="+", default=[], help='rows, as "group: row"; without --group too: all')
+    parser.add_argument("--row", nargs="+", default=[], help='as "group: row"; all where --group is not given either')
     parser.add_argument("--group", nargs="+", default=[], help="all rows of these groups")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_tokens", type=int, help="instead of the default's")
@@ -141,33 +123,33 @@ def main() -> None:
     default, rows = read_rows(arguments.rows)
     if unknown := [row for row in arguments.row if row not in rows]:
         parser.error(f"no such row: {unknown[0]!r}. There are {', '.join(rows)}.")
-    wanted = [row for row in rows if row in arguments.row or row.split(":")[0] in arguments.group]
-    wanted = wanted or list(rows)
+    groups = list(dict.fromkeys(row.split(":")[0] for row in rows))
+    if unknown := [group for group in arguments.group if group not in groups]:
+        parser.error(f"no such group: {unknown[0]!r}. There are {', '.join(groups)}.")
+    if arguments.row or arguments.group:
+        rows = {row: changes for row, changes in rows.items()
+                if row in arguments.row or row.split(":")[0] in arguments.group}  # fmt: skip
     if arguments.max_tokens:
         default["max_tokens"] = arguments.max_tokens
+    equal, failed = "time" if arguments.equal_time else "tokens", []
+    runs = plan(rows, default, arguments.seeds, read_results(arguments.output), equal)
     make_tokenizer(default, arguments.data)
-    found, writing, tokens = read_results(arguments.output), threading.Lock(), default["max_tokens"]
-    finished = {(result["row"], result["seed"], result["equal"], result["budget"]) for result in found}
-    equal = "time" if arguments.equal_time else "tokens"
-
-    def work(task):
-        row, seed = task
-        options = options_of(default, rows[row])
-        if (row, seed, equal, tokens) in finished:
-            return
-        if arguments.equal_time:
-            options["max_tokens"] = round(tokens * relative_speed(found, row, tokens))
-        result = run(row, seed, options, arguments.data, arguments.threads)
-        if result:
-            result = {**result, "equal": equal, "budget": tokens}
-            with writing, arguments.output.open("a", encoding="utf-8") as file:
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        started = {pool.submit(run, *each, arguments.data, arguments.threads): each[:2] for each in runs}
+        for future in as_completed(started):
+            row, seed = started[future]
+            if error := future.exception():
+                failed.append(f"{row!r}, seed {seed}")
+                print(f"{failed[-1]} failed: {''.join(traceback.format_exception_only(error))}", flush=True)
+                continue
+            result = {**future.result(), "equal": equal, "budget": default["max_tokens"]}
+            with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{row}, seed {seed}: {result['loss']:.3f} nats, {result['accuracy']:.1%}", flush=True)
-
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(work, [(row, seed) for seed in arguments.seeds for row in wanted]))
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{(spent.ru_utime + spent.ru_stime) / 60:.1f} minutes of processor time")
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-from ablations import read_results
+from ablation_plan import read_results
 from ten_minutes import RESULTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 SMOOTHED = 5  # entries of the log that a point is the mean of
 
@@ -28,15 +29,8 @@ def points(result: dict, column: str) -> tuple[list[float], list[float]]:
     return [part[-1][place] for part in parts], [sum(row[loss] for row in part) / len(part) for part in parts]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--language", default="en")
-    arguments = parser.parse_args()
-    found = [result for result in read_results(RESULTS) if result["language"] == arguments.language]
-    if not found:
-        parser.error(
-            f"{RESULTS} has nothing for --language {arguments.language}. Run benchmarks/ten_minutes.py first."
-        )
+def draw(found: list[dict]) -> plt.Figure:
+    """Both panels, a color and a label for each model."""
     colors = dict(zip(dict.fromkeys(result["model"] for result in found), plt.cm.tab10.colors, strict=False))
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for panel, (column, unit, title) in zip(
@@ -44,15 +38,29 @@ def main() -> None:
     ):
         for result in found:
             x, y = points(result, column)
-            label = result["model"] if result["seed"] == found[0]["seed"] else None
-            panel.plot([value / unit for value in x], y, color=colors[result["model"]], label=label, linewidth=1)
+            panel.plot([value / unit for value in x], y, color=colors[result["model"]], linewidth=1)
         panel.set(xlabel=title)
         panel.grid(True, alpha=0.2)
     panels[0].set(ylabel="loss in training, nats")
-    panels[0].legend()
+    panels[0].legend(handles=[Line2D([], [], color=color, label=model) for model, color in colors.items()])
     figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--language", default="en")
+    parser.add_argument("--minutes", type=float, default=10, help="of the trainings that are drawn")
+    arguments = parser.parse_args()
+    asked = (arguments.language, arguments.minutes)
+    found = [result for result in read_results(RESULTS) if (result["language"], result["minutes"]) == asked]
+    if not found:
+        parser.error(
+            f"{RESULTS} has nothing for --language {arguments.language} --minutes {arguments.minutes:g}. Run "
+            "benchmarks/ten_minutes.py first."
+        )
     picture = Path(f"docs/ten_minutes_{arguments.language}.png")
-    figure.savefig(picture, dpi=120)
+    draw(found).savefig(picture, dpi=120)
     print(f"written: {picture}")
 
 

@@ -4,10 +4,13 @@ import json
 import statistics
 from pathlib import Path
 
-from ablations import RESULTS, read_results, read_rows
+from ablation_plan import RESULTS, ROWS, differing, pace, read_results, read_rows
 from ten_minutes import RESULTS as TEN_MINUTES
 
 from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
+
+STOCK, STOCK_BUDGET = "stock models: ", 4_000_000
+EVALUATIONS = {"blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
 
 
 def spread(values: list[float]) -> str:
@@ -16,35 +19,79 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
 
 
-def difference(results: list[dict], reference: list[dict]) -> float:
-    """Of the mean losses, over the seeds that both have."""
+def difference(results: list[dict], reference: list[dict]) -> str:
+    """Of the mean losses, over the seeds that both have; empty where there are none."""
     losses, others = ({result["seed"]: result["loss"] for result in found} for found in (results, reference))
     seeds = sorted(losses.keys() & others.keys())
-    return statistics.mean(losses[seed] - others[seed] for seed in seeds)
+    return f"{statistics.mean(losses[seed] - others[seed] for seed in seeds):+.3f}" if seeds else ""
 
 
-def ablations(budget: int, path: Path = RESULTS) -> str:
-    """Every row that was run at this budget, against the default, at equal tokens and at equal time."""
-    found = [result for result in read_results(path) if result["budget"] == budget]
-    rows: dict[str, dict[str, list]] = {name: {"tokens": [], "time": []} for name in read_rows()[1]}
-    for result in found:
-        rows[result["row"]][result["equal"]].append(result)
-    reference = rows["default"]["tokens"]
-    speed = statistics.median(result["tokens_per_second"] for result in reference)
+def relative_speed(results: list[dict], reference: list[dict], tokens: int) -> str:
+    """How much sooner they are through with that many tokens; empty where that was not measured."""
+    paces = pace(results), pace(reference)
+    if None in paces:
+        return ""
+    seconds, others = (before + tokens / speed for before, speed in paces)
+    return f"{others / seconds:.2f}"
+
+
+def check_alike(what: str, results: list[dict]) -> None:
+    """Raises ValueError where results that a table would average have different options."""
+    found = [{"threads": each.get("threads"), **each["options"], "max_tokens": None} for each in results]
+    for other in found[1:]:
+        if differ := differing(found[0], other):
+            raise ValueError(f"{what} has results with different options: {differ}. Remove the lines that are old.")
+
+
+def results_by_row(budget: int, path: Path, rows: Path) -> dict[str, dict[str, list[dict]]]:
+    """{row: {"tokens": results, "time": results}} at this budget, for all rows that there are."""
+    found = {row: {"tokens": [], "time": []} for row in read_rows(rows)[1]}
+    results = [result for result in read_results(path) if result["budget"] == budget]
+    for row in dict.fromkeys(result["row"] for result in results if result["row"] not in found):
+        print(f"{row!r} is in {path} and no longer in {rows}: left out.")
+    for result in results:
+        if result["row"] in found:
+            found[result["row"]][result["equal"]].append(result)
+    for row, kinds in found.items():
+        check_alike(f"{path}: {row!r}", kinds["tokens"] + kinds["time"])
+    return found
+
+
+def cells(results: list[dict]) -> tuple[str, str, str]:
+    """Nats, accuracy, seeds."""
+    accuracy = statistics.mean(result["accuracy"] for result in results)
+    return spread([result["loss"] for result in results]), f"{accuracy:.1%}", str(len(results))
+
+
+def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:
+    """Every row that was run at the default's budget, against the default, at equal tokens and at equal time."""
+    budget = read_rows(rows)[0]["max_tokens"]
+    found = results_by_row(budget, path, rows)
+    reference = found["default"]["tokens"]
     lines = [
         "| | nats | against the default | accuracy | seeds | speed | at equal time |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, kinds in rows.items():
-        results = kinds["tokens"]
-        if not results:
-            continue
-        less = "" if name == "default" else f"{difference(results, reference):+.3f}"
-        timed = f"{difference(kinds['time'], reference):+.3f}" if kinds["time"] else ""
-        accuracy = statistics.mean(result["accuracy"] for result in results)
-        speed_of_row = statistics.median(result["tokens_per_second"] for result in results) / speed
-        cells = [spread([result["loss"] for result in results]), less, f"{accuracy:.1%}", str(len(results))]
-        lines.append("| " + " | ".join([name, *cells, f"{speed_of_row:.2f}", timed]) + " |")
+    for row, kinds in found.items():
+        if results := kinds["tokens"]:
+            nats, *others = cells(results)
+            less = "" if row == "default" else difference(results, reference)
+            speed, timed = relative_speed(results, reference, budget), difference(kinds["time"], reference)
+            lines.append("| " + " | ".join([row, nats, less, *others, speed, timed]) + " |")
+    return "\n".join(lines)
+
+
+def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
+    """The stock models at a larger budget; their speed is over the default's, at its own budget where not at this."""
+    found = results_by_row(STOCK_BUDGET, path, rows)
+    reference = found["default"]["tokens"]
+    if not reference:
+        reference = results_by_row(read_rows(rows)[0]["max_tokens"], path, rows)["default"]["tokens"]
+    lines = ["| | nats | accuracy | seeds | speed |", "|---|---:|---:|---:|---:|"]
+    for row, kinds in found.items():
+        if row.startswith(STOCK) and kinds["tokens"]:
+            speed = relative_speed(kinds["tokens"], reference, STOCK_BUDGET)
+            lines.append("| " + " | ".join([row.removeprefix(STOCK), *cells(kinds["tokens"]), speed]) + " |")
     return "\n".join(lines)
 
 
@@ -54,22 +101,58 @@ def ten_minutes(language: str, path: Path = TEN_MINUTES) -> str:
     lines = ["| | nats | accuracy | bits per byte | tokens, millions | seeds |", "|---|---:|---:|---:|---:|---:|"]
     for name in dict.fromkeys(result["model"] for result in found):
         results = [result for result in found if result["model"] == name]
-        accuracy, bits = (statistics.mean(result[key] for result in results) for key in ("accuracy", "bits_per_byte"))
-        tokens = statistics.mean(result["tokens"] for result in results) / 1e6
-        losses = spread([result["loss"] for result in results])
+        check_alike(f"{path}: {name!r}, {language},", results)
+        nats, accuracy, seeds = cells(results)
+        bits, tokens = (statistics.mean(result[key] for result in results) for key in ("bits_per_byte", "tokens"))
         name = f"**{name}**" if name == "ours" else name
-        lines.append(f"| {name} | {losses} | {accuracy:.1%} | {bits:.3f} | {tokens:.1f} | {len(results)} |")
+        lines.append(f"| {name} | {nats} | {accuracy} | {bits:.3f} | {tokens / 1e6:.1f} | {seeds} |")
     return "\n".join(lines)
 
 
-def blimp(language: str) -> str:
-    return blimp_table(_evaluation(f"blimp_{language}")["models"])
+def short(name: str) -> str:
+    """The last folder of a model's path."""
+    path, scratch, _ = name.partition(" from scratch")
+    return Path(path).name + scratch
 
 
-def suite(language: str) -> str:
-    return suite_table(_evaluation(f"suite_{language}")["suite"])
+def shortened(of_models: dict) -> dict:
+    names = {short(name): found for name, found in of_models.items()}
+    if len(names) < len(of_models):
+        raise ValueError(f"Two models of {', '.join(of_models)} have the same last folder. Rename one of the folders.")
+    return names
 
 
-def _evaluation(name: str) -> dict:
-    """What train/evaluate_models.py wrote to `evaluation.json`, kept with the results."""
-    return json.loads(RESULTS.with_name(f"{name}.json").read_text(encoding="utf-8"))
+def table_of(name: str, evaluation: dict) -> str:
+    """BLiMP or the suite, from what train/evaluate_models.py wrote to evaluation.json.
+
+    Raises:
+        ValueError: that part was not evaluated; two models have the same short name.
+    """
+    if name.startswith("blimp"):
+        part = {model: scores for model, scores in evaluation["models"].items() if "blimp" in scores}
+    else:
+        part = evaluation["suite"]
+    if not part:
+        raise ValueError(
+            f"{name} needs {EVALUATIONS[name]}. Run train/evaluate_models.py with that among its --parts."
+        )
+    if name.startswith("blimp"):
+        return blimp_table(shortened(part))
+    return suite_table({task: {**found, "models": shortened(found["models"])} for task, found in part.items()})
+
+
+def evaluated(name: str) -> str:
+    return table_of(name, json.loads(RESULTS.with_name(f"{name}.json").read_text(encoding="utf-8")))
+
+
+def take(source: Path, name: str) -> Path:
+    """Keeps an evaluation.json as the results of a table; absolute paths of models become their last folder."""
+    text = source.read_text(encoding="utf-8")
+    evaluation = json.loads(text)
+    table_of(name, evaluation)
+    for path in sorted(evaluation["arguments"]["model_name_or_path"], key=len, reverse=True):
+        if Path(path).is_absolute():
+            text = text.replace(path, short(path))
+    kept = RESULTS.with_name(f"{name}.json")
+    kept.write_text(text, encoding="utf-8")
+    return kept

@@ -1,18 +1,21 @@
 """Writes the tables of the pages in docs and of README.md from the results.
 
     python benchmarks/tables.py
+    python benchmarks/tables.py --take runs/scores/evaluation.json blimp_en      # what evaluate_models.py found, first
 
 Each table stands between a comment with its name and an empty comment.
 """
 
+import argparse
+import functools
 import json
 import re
 from pathlib import Path
 
-from learning_tables import ablations, blimp, suite, ten_minutes
+from learning_tables import EVALUATIONS, ablations, evaluated, stock_search, take, ten_minutes
 
 RESULTS = Path("benchmarks/results")
-PAGES = (*map(Path, ("docs/performance.md", "docs/recipes.md")), Path("README.md"))
+PAGES = (*map(Path, ("docs/performance.md", "docs/recipes.md", "docs/results.md")), Path("README.md"))
 LINEAR = ("Longformer, window", "ours, window", "ours, window, learned", "BigBird", "ours, bigbird", "ours, full")
 LONG = ("BERT, sdpa", "ModernBERT, window", *LINEAR)
 
@@ -106,17 +109,24 @@ TABLES = {
     "inference": lambda: by_setting("inference_speed"),
     "attention": attention,
     "scaling": scaling,
-    "ablations": lambda: ablations(1_000_000),
+    "ablations": ablations,
+    "stock_search": stock_search,
     "ten_minutes_en": lambda: ten_minutes("en"),
     "ten_minutes_zh": lambda: ten_minutes("zh"),
-    "blimp_en": lambda: blimp("en"),
-    "suite_en": lambda: suite("en"),
-    "suite_zh": lambda: suite("zh"),
+    **{name: functools.partial(evaluated, name) for name in EVALUATIONS},
 }
 
 
 def main() -> None:
-    for page in PAGES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--take", nargs=2, metavar=("FILE", "TABLE"), help=f"TABLE: {', '.join(EVALUATIONS)}")
+    arguments = parser.parse_args()
+    if arguments.take:
+        source, name = arguments.take
+        if name not in EVALUATIONS:
+            parser.error(f"--take knows no table {name!r}. There are {', '.join(EVALUATIONS)}.")
+        print(f"written: {take(Path(source), name)}")
+    for page in filter(Path.is_file, PAGES):
         text = page.read_text(encoding="utf-8")
         for name, table in TABLES.items():
             place = re.compile(rf"<!-- {name} -->\n.*?<!-- -->", re.DOTALL)

@@ -8,8 +8,9 @@ For each seed the models of benchmarks/ten_minutes.yaml train one after another,
 nothing else should run on the machine. Ours is train/recipes/cpu-10-minutes.yaml; the stock models have the learning
 rate and the batch that are best for them (the rows "stock models" of ablations.py), logits at masked places alone, and
 full rows. The tokenizer, and a first start of each model, in which torch compiles, come before the clock;
-`before_clock` has the seconds of that start. Models are kept in runs/ten-minutes for train/evaluate_models.py, and
-results are appended to benchmarks/results/ten_minutes.jsonl; what stands there is not run again.
+`tokenizer_seconds` (null: not known) and `before_clock` have their seconds. Models are kept in runs/ten-minutes for
+train/evaluate_models.py, and results are appended to benchmarks/results/ten_minutes.jsonl; what stands there with the
+same options is not run again.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import time
 from pathlib import Path
 
 import yaml
-from ablations import command_of, make_tokenizer, options_of
+from ablation_plan import differing, options_of, read_results
+from ablations import command_of, make_tokenizer
 
 MODELS = Path("benchmarks/ten_minutes.yaml")
 RESULTS = Path("benchmarks/results/ten_minutes.jsonl")
@@ -71,6 +73,20 @@ def run(name: str, options: dict, seed: int, arguments: argparse.Namespace) -> d
     }
 
 
+def is_done(name: str, options: dict, seed: int, arguments: argparse.Namespace, found: list[dict]) -> bool:
+    """Whether this training is among the results. Raises ValueError where one with other options is."""
+    asked = (arguments.language, name, seed, arguments.minutes)
+    done = [each for each in found if (each["language"], each["model"], each["seed"], each["minutes"]) == asked]
+    for each in done:
+        stored = {"threads": each["threads"], **each["options"]}
+        if differ := differing(stored, {"threads": arguments.threads, **options}):
+            raise ValueError(
+                f"The result of {name!r}, {arguments.language}, seed {seed}, {arguments.minutes:g} minutes, has other "
+                f"options than the model has now: {differ}. Remove its line, or pass another --output."
+            )
+    return bool(done)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
@@ -88,23 +104,21 @@ def main() -> None:
     text = written["languages"][arguments.language]
     recipe = yaml.safe_load(Path(written["recipe"]).read_text(encoding="utf-8"))
     kept = {key: recipe[key] for key in ("mlm_probability", "max_seq_length") if key in recipe}
-    make_tokenizer(text, arguments.data)
-    found = []
-    if arguments.output.exists():
-        found = [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
-    finished = {(each["language"], each["model"], each["seed"], each["minutes"]) for each in found}
+    found, runs = read_results(arguments.output), []
     for seed in arguments.seeds:
         for name in arguments.models or written["models"]:
-            if (arguments.language, name, seed, arguments.minutes) in finished:
-                continue
             of_model = written["models"][name]
             common = recipe if of_model.get("recipe") else {**written["stock"], **kept}
             options = options_of({**common, **text, **written["all"]}, {**of_model, "recipe": None})
-            result = run(name, options, seed, arguments)
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            told = f"{result['loss']:.3f} nats, {result['accuracy']:.1%}, {result['tokens']:,} tokens"
-            print(f"{name}, seed {seed}: {told}", flush=True)
+            if not is_done(name, options, seed, arguments, found):
+                runs.append((name, options, seed))
+    tokenizer_seconds = make_tokenizer(text, arguments.data)
+    for name, options, seed in runs:
+        result = {**run(name, options, seed, arguments), "tokenizer_seconds": tokenizer_seconds}
+        with arguments.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        told = f"{result['loss']:.3f} nats, {result['accuracy']:.1%}, {result['tokens']:,} tokens"
+        print(f"{name}, seed {seed}: {told}", flush=True)
 
 
 if __name__ == "__main__":

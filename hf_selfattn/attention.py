@@ -14,7 +14,6 @@ from .kernels_eager import some_weights
 from .norms import make_norm
 from .parallel import heads_of_all, tensor_parallel_mesh
 from .positions import POSITIONS
-from .positions_rotary import first_biases
 from .scores import SCORES
 
 
@@ -73,13 +72,17 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.value_head_dim, config.hidden_size, bias=bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.position = POSITIONS[config.position_encoding].from_config(config, layer_idx).layer(config)
+        self.position_setting = POSITIONS[config.position_encoding].from_config(config, layer_idx)
+        self.position = self.position_setting.layer(config)
         self.score_function = SCORES[config.score_function](config)
 
     def init_parameters(self, std: float) -> None:
-        """First values of the biases that `initial_offsets` asks for; all others are those of the linear layers."""
-        biases = first_biases(self.config, self.layer_idx)
-        if biases is None:
+        """First values of the biases that the position asks for; all others are those of the linear layers.
+
+        Beside weights that were loaded, new biases begin at 0: they change nothing.
+        """
+        biases = self.position_setting.first_biases(self.config)
+        if biases is None or getattr(self.q_proj.weight, "_is_hf_initialized", False):
             return
         query, key = biases
         query = query.repeat_interleave(self.config.num_attention_heads // self.config.num_groups, dim=0)

@@ -40,6 +40,9 @@ class NoPosition:
     def layer(self, config) -> nn.Module:
         return Unchanged()
 
+    def first_biases(self, config) -> torch.Tensor | None:
+        """(2, G, d_k): biases of queries and keys with which the groups of heads of new weights begin; None: 0."""
+
 
 class Unchanged(nn.Module):
     """The part in an attention of a position that does nothing there."""

@@ -65,44 +65,42 @@ class Rotary(NoPosition):
     def layer(self, config):
         return RotateHalves()
 
+    def first_biases(self, config):
+        """As in `NoPosition`. Without `initial_offsets` heads look at their neighbours, where they can: not where even
+        the fastest pair turns so slowly that neighbours would be told apart by large scores alone.
+        """
+        if not _can_begin_with_offsets(config):
+            return None
+        offsets = config.initial_offsets
+        if offsets is None:
+            offsets = [] if max(self.frequencies) < 1 else [-1, -2] if config.causal else [-1, 1, -2, 2]
+        if not offsets:
+            return None
+        of_groups = itertools.islice(itertools.cycle(offsets), config.num_groups)
+        return torch.stack([self.biases_for_offset(offset, config.query_key_dim) for offset in of_groups], dim=1)
 
-def first_biases(config, layer: int) -> torch.Tensor | None:
-    """(2, G, head_dim): the biases of queries and keys with which a layer's groups of heads begin; None: at 0.
+    def biases_for_offset(self, offset: int, head_dim: int) -> torch.Tensor:
+        """(2, head_dim): biases of query and key with which a head attends to the token `offset` places on.
 
-    Without `initial_offsets` heads look at their neighbours, where they can: not where even the fastest pair turns so
-    slowly that neighbours would be told apart by large scores alone.
-    """
-    if config.position_encoding != "rotary" or not _can_begin_with_offsets(config):
-        return None
-    offsets, frequencies = config.initial_offsets, Rotary.from_config(config, layer).frequencies
-    if offsets is None:
-        offsets = [] if max(frequencies) < 1 else [-1, -2] if config.causal else [-1, 1, -2, 2]
-    if not offsets:
-        return None
-    of_groups = itertools.islice(itertools.cycle(offsets), config.num_groups)
-    biases = [biases_for_offset(offset, frequencies, config.query_key_dim) for offset in of_groups]
-    return torch.stack(biases, dim=1)
+        Features (i, i + r / 2) are (a_i, 0) in the query's bias and the same turned back by the offset in the key's.
+        The two alone make the score sum_i a_i^2 cos(f_i (distance - offset)) / sqrt(d_k), whose peak is at the offset.
+        a_i^2 is in proportion to f_i: pairs that turn slowly would add to the scores of all tokens alike. One token
+        beside the peak the score is `FALL` lower. What the weights add decides more and more as they grow.
+        """
+        frequency = torch.tensor(self.frequencies, dtype=torch.float64)
+        fall = (frequency * (1 - frequency.cos())).sum() * self.factor**2
+        size = (frequency * FALL * head_dim**0.5 / fall).sqrt()
+        query = torch.cat([size, torch.zeros_like(size)])
+        key = torch.cat([size * (offset * frequency).cos(), -size * (offset * frequency).sin()])
+        return nn.functional.pad(torch.stack([query, key]), (0, head_dim - len(query)))
+
+
+FALL = 1.5
+"""By how much the score of a new head that looks at an offset is lower one token beside it."""
 
 
 def _can_begin_with_offsets(config) -> bool:
     return config.attention_bias and not config.qk_norm and config.score_function == "scaled_dot_product"
-
-
-def biases_for_offset(offset: int, frequencies: tuple[float, ...], head_dim: int) -> torch.Tensor:
-    """(2, head_dim): biases of query and key with which a rotary head attends to the token `offset` places on.
-
-    Features (i, i + r / 2) are (a, 0) in the query's bias and the same turned back by the offset in the key's. The two
-    alone make the score a^2 / sqrt(d_k) * sum_i cos(f_i (distance - offset)), whose peak is at the offset; a is such
-    that one token beside it the score is `FALL` lower. What the weights add decides more and more as they grow.
-    """
-    frequency = torch.tensor(frequencies, dtype=torch.float64)
-    size = (FALL * head_dim**0.5 / (1 - frequency.cos()).sum()).sqrt()
-    query = torch.cat([torch.ones_like(frequency), torch.zeros_like(frequency)])
-    key = torch.cat([(offset * frequency).cos(), -(offset * frequency).sin()])
-    return nn.functional.pad(size * torch.stack([query, key]), (0, head_dim - len(query)))
-
-
-FALL = 1.5
 
 
 class RotateHalves(nn.Module):

@@ -32,7 +32,8 @@ def make_arguments(folder, **options):
     return PretrainingScriptArguments(str(folder), **{**DEFAULTS, **options})
 
 
-def make_trainer(folder, *, packed=False, count=40, rate_end=None, callbacks=None, **options):
+def make_trainer(folder, *, packed=False, count=40, rate_end=None, callbacks=None, seconds_before=0.0,
+                 **options):  # fmt: skip
     """A PretrainingTrainer on `count` rows of 3 to 42 tokens, or on packed rows of 64 of them."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -53,6 +54,7 @@ def make_trainer(folder, *, packed=False, count=40, rate_end=None, callbacks=Non
         data_collator=collator,
         processing_class=tiny_tokenizer(),
         callbacks=callbacks,
+        seconds_before=seconds_before,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from hf_selfattn import SelfAttnConfig, SelfAttnForMaskedLM, SelfAttnModel
+from hf_selfattn.positions_rotary import Rotary
 
 from .tolerances import assert_close
 
@@ -35,8 +36,8 @@ def weights_without_content(model):
 def by_hand(offset, theta=10_000.0, width=32, fall=1.5):
     """(N, N) weights of a head: softmax of the score that the docstring names, key by key."""
     frequencies = [theta ** (-i / width) for i in range(0, width, 2)]
-    beside = sum(1 - math.cos(f) for f in frequencies)
-    scores = [[fall / beside * sum(math.cos(f * (k - q - offset)) for f in frequencies) for k in range(N)]
+    beside = sum(f * (1 - math.cos(f)) for f in frequencies)
+    scores = [[fall / beside * sum(f * math.cos(f * (k - q - offset)) for f in frequencies) for k in range(N)]
               for q in range(N)]  # fmt: skip
     return torch.tensor(scores, dtype=torch.float64).softmax(-1)
 
@@ -109,6 +110,34 @@ def test_all_else_begins_as_without_them():
         changed = name.endswith(("q_proj.bias", "k_proj.bias"))
         assert torch.equal(one, other) != changed, name
         assert not changed or not other.any()
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_first_scores_are_no_larger_than_they_need_to_be(head_dim, theta):
+    """They are rounded to bf16 in training; and a sink, whose score begins at 0, has to be seen beside them."""
+    frequencies = tuple(theta ** (-i / head_dim) for i in range(0, head_dim, 2))
+    query, key = Rotary(frequencies).biases_for_offset(0, head_dim)
+    assert 5 < query @ key / head_dim**0.5 < 9
+
+
+def test_the_factor_of_yarn_does_not_enlarge_them():
+    plain, scaled = (Rotary((1.0, 0.1), factor).biases_for_offset(1, 4) for factor in (1.0, 1.5))
+    assert_close(plain, scaled * 1.5, dtype=torch.float64)
+
+
+def test_a_sink_learns_beside_them():
+    model = make(attention_sink=True)
+    model(input_ids=torch.randint(43, (2, N))).last_hidden_state.pow(3).sum().backward()
+    assert model.layers[0].attention.score_function.sink.grad.abs().min() > 1e-6
+
+
+def test_biases_that_a_checkpoint_lacks_change_nothing(tmp_path):
+    trained = make(attention_bias=False, initial_offsets=None)
+    trained.save_pretrained(tmp_path)
+    more = AutoModel.from_pretrained(tmp_path, attention_bias=True, dtype=torch.float64).eval()
+    ids = torch.randint(43, (2, N))
+    assert_close(more(input_ids=ids).last_hidden_state, trained(input_ids=ids).last_hidden_state, dtype=torch.float64)
 
 
 def test_trained_biases_come_back(tmp_path):

@@ -4,10 +4,13 @@ import time
 
 import pytest
 import torch
+from accelerate.utils import gather
+from datasets import Dataset
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from hf_selfattn.tools.neighbour_vectors import init_token_vectors
 from hf_selfattn.tools.optimizers import hidden_matrices
 
 from .pretraining_runs import make_trainer, trained_weights
@@ -72,13 +75,23 @@ def step_with_shards(folder):
     return far
 
 
+def vectors_of_neighbours(folder):
+    """Of each process: the seconds that it took for them, and how long its new token vectors are together."""
+    model = make_model()
+    rows = Dataset.from_dict({"input_ids": [torch.randint(43, (400,)).tolist()]})  # other rows in each
+    seconds = init_token_vectors(model, rows, 0.1)
+    found = [seconds, model.get_input_embeddings().weight.detach().double().sum().item()]
+    return gather(torch.tensor([found], dtype=torch.float64)).tolist()
+
+
 def run(name, folder):
-    return step_with_shards(folder) if name == "shards" else train(CASES[name], folder / name)
+    others = {"shards": step_with_shards, "neighbours": vectors_of_neighbours}
+    return others[name](folder) if name in others else train(CASES[name], folder / name)
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    names = [*CASES, "shards"]
+    names = [*CASES, "shards", "neighbours"]
     return dict(zip(names, together(run, names, tmp_path_factory.mktemp("together")), strict=True))
 
 
@@ -111,6 +124,13 @@ def test_minutes_are_those_of_the_first_process(answers, tmp_path):
     alone = train(CASES["minutes"], tmp_path)
     assert alone["ends"][0][:4] == pytest.approx(answers["minutes"]["ends"][0][:4], rel=1e-6)
     assert column(answers["minutes"], "learning_rate") == pytest.approx(column(alone, "learning_rate"), rel=1e-6)
+
+
+def test_neighbours_are_counted_once_for_all(answers):
+    """Seconds of their own would be learning rates of their own."""
+    one, other = answers["neighbours"]
+    assert one == other
+    assert one[0] > 0
 
 
 def test_shards_get_the_updates_of_whole_matrices(answers):

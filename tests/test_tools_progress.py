@@ -69,8 +69,7 @@ def test_the_learning_rate_is_that_of_the_tokens_before_the_step(tmp_path):
 
 
 def test_seconds_before_the_training_are_part_of_its_minutes(tmp_path):
-    trainer = make_trainer(tmp_path, max_minutes=1, lr_scheduler_type="linear")
-    trainer.progress.seconds_before = 60.0
+    trainer = make_trainer(tmp_path, seconds_before=60.0, max_minutes=1, lr_scheduler_type="linear")
     trainer.train()
     (entry,) = logs_of(trainer)
     assert entry["minutes"] >= 1

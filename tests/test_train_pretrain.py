@@ -58,8 +58,8 @@ def corpus(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("corpus") / "corpus.txt", sentences(300))
 
 
-def pretrain(corpus, folder, *options):
-    return script("pretrain").main(["--train_file", corpus, "--output_dir", str(folder), *QUICK, *options])
+def pretrain(corpus, folder, *options, recipe=()):
+    return script("pretrain").main([*recipe, "--train_file", corpus, "--output_dir", str(folder), *QUICK, *options])
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,32 @@ def test_a_trained_bias_stays(run, corpus, tmp_path):
         pretrain(corpus, tmp_path / "again", *trained, "--unigram_bias", "true")
     with pytest.raises(ValueError, match="--neighbour_vectors gives a new model its first token vectors, got --model"):
         pretrain(corpus, tmp_path / "again", *trained, "--neighbour_vectors", "0.1")
+
+
+def test_a_recipes_first_values_can_be_taken_back(run, corpus, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("neighbour_vectors: 0.1\nunigram_bias: true\n")
+    options = ["--model_name_or_path", str(run[0]), "--do_train", "false"]
+    taken_back = ["--neighbour_vectors", "0", "--unigram_bias", "false"]
+    scores = pretrain(corpus, tmp_path / "out", *options, *taken_back, recipe=[str(recipe)])
+    assert scores["eval_loss"] == pytest.approx(run[1]["eval_loss"], rel=1e-6)
+
+
+def test_an_output_layer_without_a_bias_has_none_to_begin(corpus, tmp_path):
+    overrides = f"{TINY},model_type=modernbert,max_position_embeddings=48,decoder_bias=false,intermediate_size=32"
+    with pytest.raises(ValueError, match=r"that of ModernBertForMaskedLM has none .* leave --unigram_bias out"):
+        pretrain(corpus, tmp_path, "--config_overrides", overrides, "--unigram_bias", "true")
+
+
+def test_the_masks_of_evaluation_have_their_own_seed(run, corpus, tmp_path):
+    def scores(*options):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return pretrain(corpus, folder, "--model_name_or_path", str(run[0]), "--do_train", "false", *options)
+
+    first, other_seed = scores(), scores("--seed", "5", "--train_file", corpus, "--validation_file", corpus)
+    same = scores("--train_file", corpus, "--validation_file", corpus)
+    assert other_seed["eval_loss"] == same["eval_loss"]
+    assert scores("--eval_masks_seed", "5")["eval_loss"] != first["eval_loss"]
 
 
 def test_a_stream_has_no_neighbours_to_count(corpus, tmp_path):

@@ -137,9 +137,7 @@ def main(argv=None):
         eval_dataset=Rows(rows["validation"]),
         processing_class=tokenizer,
         data_collator=collator,
-        eval_collator=MaskingCollator(
-            tokenizer, arguments.eval_mlm_probability, training.seed, mask_replace_prob=1.0, random_replace_prob=0.0
-        ),
+        eval_collator=MaskingCollator(tokenizer, arguments.eval_mlm_probability, arguments.eval_masks_seed, 1.0, 0.0),
         compute_metrics=metrics.compute,
         preprocess_logits_for_metrics=metrics.sums_of_rows,
         flops_per_token=lambda: flops_per_token(model.config, mean_length, arguments.mlm_probability, model),

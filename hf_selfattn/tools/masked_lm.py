@@ -30,14 +30,19 @@ class MaskedTokenMetrics:
         self.bytes = torch.from_numpy(bytes_of_tokens(tokenizer, len(counts)))
 
     def init_output_bias(self, model):
-        """Begins a new model's output bias at the unigram model's log-probabilities; whether it has such a bias."""
-        outputs = model.get_output_embeddings()
-        bias = getattr(outputs, "bias", None)
+        """Begins a new model's output bias at the unigram model's log-probabilities.
+
+        Raises:
+            ValueError: its output layer has no bias.
+        """
+        bias = getattr(model.get_output_embeddings(), "bias", None)
         if bias is None:
-            return False
+            raise ValueError(
+                f"--unigram_bias begins the bias of the output layer, and that of {type(model).__name__} has none in "
+                "this configuration. Give it one, or leave --unigram_bias out."
+            )
         with torch.no_grad():
             bias.copy_(-self.unigram_loss)
-        return True
 
     def sums_of_rows(self, logits, labels):
         """(B, 6) sums over each row's labels, from logits (B, N, V) and labels (B, N); -100 is no label.

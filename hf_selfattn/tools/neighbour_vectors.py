@@ -1,10 +1,13 @@
 """First token vectors that know already which tokens stand beside which."""
 
 import time
+import warnings
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 MOST_TOKENS = 30_000_000
@@ -74,9 +77,11 @@ def neighbour_vectors(counts, width, seed=0):
     pmi, weight = positive_pmi(counts), token_weights(counts)
     tokens, contexts = pmi.indices()
     values = weight[tokens] * pmi.values() * weight[contexts % len(weight)]
-    weighted = _sparse(pmi.indices(), values, pmi.shape).to_sparse_csr()  # svd_lowrank is 10 times slower with COO
-    with torch.random.fork_rng(devices=[]):
+    weighted = _sparse(pmi.indices(), values, pmi.shape)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        weighted = weighted.to_sparse_csr()  # svd_lowrank is 10 times slower without
         left, values, _ = torch.svd_lowrank(weighted, q=min(width + 32, counts.shape[0]), niter=2)
     vectors = (left * values.sqrt())[:, :width]  # the weight of a row is gone when its length is 1
     known = torch.zeros(len(weight)).index_fill_(0, tokens[pmi.values() > 0], 1)  # others have rounding errors
@@ -91,7 +96,7 @@ def token_weights(counts):
 
 @torch.no_grad()
 def init_token_vectors(model, rows, std, seed=0):
-    """Begins a new model's token vectors with those of its training text.
+    """Begins a new model's token vectors with those of its training text; the first process counts for all.
 
     Args:
         model: with `get_input_embeddings`; tokens that the text has not keep their vectors.
@@ -101,11 +106,13 @@ def init_token_vectors(model, rows, std, seed=0):
     Returns:
         The seconds it took: they are time in which the model learns, as those of its training.
     """
-    before = time.perf_counter()
-    weight = model.get_input_embeddings().weight
-    vectors = neighbour_vectors(neighbour_counts(rows, weight.shape[0]), weight.shape[1], seed)
+    weight, found = model.get_input_embeddings().weight, [None, 0.0]
+    if PartialState().is_main_process:
+        before = time.perf_counter()
+        vectors = neighbour_vectors(neighbour_counts(rows, weight.shape[0]), weight.shape[1], seed)
+        found = [vectors, time.perf_counter() - before]
+    vectors, seconds = broadcast_object_list(found)
     seen = vectors.norm(dim=1) > 0
     weight[seen] = (vectors[seen] * std * weight.shape[1] ** 0.5).to(weight)
-    seconds = time.perf_counter() - before
-    logger.warning(f"Neighbours counted and factorised in {seconds:.1f} s, which count as training.")
+    logger.info(f"Neighbours counted and factorised in {seconds:.1f} s, which are part of the training's minutes.")
     return seconds

@@ -50,13 +50,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
         made = {id(group["params"][0]): group for part in self.parts for group in part.param_groups}
         super().__init__([made[id(next(iter(group["params"])))] for group in groups], {})
+        self._share()
 
-    def add_param_group(self, group):
-        super().add_param_group(group)
-        self.share()
-
-    def share(self):
-        """Gives the parts the groups and the state that there are now."""
+    def _share(self):
         for part in self.parts:
             part.state = self.state
             wanted = isinstance(part, torch.optim.Muon)
@@ -64,7 +60,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.share()
+        self._share()
 
     def step(self, closure=None):
         loss = None
@@ -74,29 +70,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.step()
         return loss
-
-
-def token_vectors(model):
-    """The parameters with a vector for each token: those of the embeddings and, where they are others, the output."""
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    found = [module.weight for module in modules if module is not None]
-    return [weight for i, weight in enumerate(found) if all(weight is not other for other in found[:i])]
-
-
-def set_learning_rate(optimizer, parameters, lr):
-    """Gives parameters of an optimizer a learning rate of their own, before a scheduler is made of it.
-
-    They move into new groups behind the others, with all else that their groups said.
-    """
-    chosen = {id(parameter) for parameter in parameters}
-    for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in chosen]
-        if mine:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            optimizer.add_param_group({**group, "params": mine, "lr": lr})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    if isinstance(optimizer, MuonWithAdamW):
-        optimizer.share()
 
 
 def muon_with_adamw(model, *, decay_names, lr, muon_lr, weight_decay, betas, eps, muon):

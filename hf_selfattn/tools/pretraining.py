@@ -1,5 +1,6 @@
 """The Trainer of pretraining: optimizers, budgets, a masking rate that falls, and a log that tells more."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .collators import check_replaced
 from .masking_rates import RatedRows, RatedSampler
-from .optimizers import muon_factory, set_learning_rate, token_vectors, without_biases
+from .optimizers import muon_factory, without_biases
 from .plan import peak_of_training
 from .progress import BudgetProgressCallback, Progress
 from .schedules import CEILING, DECAY_TYPES, budget_of, check_schedule, make_scheduler
@@ -45,38 +46,42 @@ class PretrainingArguments:
         default=False,
         metadata={"help": "A new model's output bias begins at the logarithm of each token's share of the data."},
     )
-    neighbour_vectors: float | None = field(
-        default=None,
+    neighbour_vectors: float = field(
+        default=0.0,
         metadata={"help": "A new model's token vectors begin as factors of which tokens stand side by side in the "
-                          "data, with entries of this root mean square; without it at random."},
+                          "data (its first 30 million tokens), with entries of this root mean square; 0: at random."},
     )  # fmt: skip
     eval_mlm_probability: float = field(
         default=0.15, metadata={"help": "Share of tokens that evaluation masks and asks for."}
+    )
+    eval_masks_seed: int = field(
+        default=0, metadata={"help": "Draws them, whatever --seed is: models of several seeds answer the same."}
     )
     num_shown: int = field(default=4, metadata={"help": "Masked sentences shown after training."})
 
     def __post_init__(self):
         check_replaced(self.mask_replace_prob, self.random_replace_prob)
-        if self.neighbour_vectors is not None and not self.neighbour_vectors > 0:
+        if not 0 <= self.neighbour_vectors < math.inf:
             raise ValueError(
-                f"--neighbour_vectors is the root mean square of the token vectors' entries, above 0, got "
-                f"{self.neighbour_vectors}. Leave it out for random vectors, or give a number such as 0.08."
+                f"--neighbour_vectors is the root mean square of the token vectors' entries, or 0 for random vectors, "
+                f"got {self.neighbour_vectors}. Give a number such as 0.08."
             )
 
 
 def check_first_values(arguments, model_arguments, source):
     """Raises ValueError where new weights shall begin with what the text says, and that is not possible."""
     name = model_arguments.model_name_or_path
-    for option, of_what in (("unigram_bias", "output bias"), ("neighbour_vectors", "token vectors")):
+    options = (("unigram_bias", "output bias", "false"), ("neighbour_vectors", "token vectors", "0"))
+    for option, of_what, off in options:
         if getattr(arguments, option) and name is not None:
             raise ValueError(
                 f"--{option} gives a new model its first {of_what}, got --model_name_or_path {name}, which is "
-                "trained. Leave one of them out."
+                f"trained. Leave one of them out, or give --{option} {off}."
             )
     if arguments.neighbour_vectors and source.streaming:
         raise ValueError(
             "--neighbour_vectors counts which tokens stand side by side before the training begins, and --streaming "
-            "reads no text before. Leave one of them out."
+            "reads no text before. Leave one of them out, or give --neighbour_vectors 0."
         )
 
 
@@ -89,10 +94,6 @@ class PretrainingScriptArguments(ScriptArguments):
         metadata={"help": "adamw (or what --optim says), or muon: Muon for the weights of the encoder's linear "
                           "layers, AdamW for all else.", "choices": ["adamw", "muon"]},
     )  # fmt: skip
-    embedding_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the token vectors and the output layer; without it --learning_rate."},
-    )
     muon_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of Muon's part; without it --learning_rate."}
     )
@@ -220,13 +221,6 @@ class PretrainingTrainer(CheckedTrainer):
     def get_decay_parameter_names(self, model):
         return without_biases(model, super().get_decay_parameter_names(model))
 
-    def create_optimizer(self, *args, **kwargs):
-        created = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if created and self.args.embedding_learning_rate is not None:
-            set_learning_rate(optimizer, token_vectors(self.model), self.args.embedding_learning_rate)
-        return optimizer
-
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.progress.restore(self.state)
         if self.lr_scheduler is None:
@@ -299,10 +293,9 @@ class PretrainingTrainer(CheckedTrainer):
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs.update(self.progress.interval(self.state, self.flops_per_token, self.peak_flops))
-            names = ("embedding_learning_rate", *(("muon_learning_rate",) if self.args.optimizer == "muon" else ()))
-            for name in names:
-                if getattr(self.args, name) is not None:
-                    logs[name] = logs["learning_rate"] * (getattr(self.args, name) / self.args.learning_rate)
+            if self.args.muon_learning_rate is not None and self.args.learning_rate:
+                ratio = self.args.muon_learning_rate / self.args.learning_rate
+                logs["muon_learning_rate"] = logs["learning_rate"] * ratio
         if "train_samples_per_second" in logs and self.progress.unit != "steps":
             # The Trainer's own is made of the number of steps that a budget has in its place.
             steps = self.state.global_step - self.progress.first_step

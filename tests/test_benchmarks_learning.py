@@ -1,0 +1,330 @@
+"""What benchmarks/ makes of trainings: which are run, with which budget, and the tables; nothing is trained here."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "benchmarks")
+    import ablation_plan
+    import ablation_variants
+    import ablations
+    import learning_curves
+    import learning_tables
+    import tables
+    import ten_minutes
+
+DEFAULT = {"tokenizer_name": "tokenizer", "train_file": ["DATA/a.parquet"], "text_column": "text",
+           "config": {"hidden_size": 8, "num_attention_heads": 2}, "max_tokens": 1000,
+           "learning_rate": 2e-3}  # fmt: skip
+GROUPS = {"rate": {"slow": {"learning_rate": 1e-3}, "none": {"learning_rate": None}},
+          "stock models": {"BERT": {"config": {"model_type": "bert"}}}}  # fmt: skip
+MASKED = {"bits_per_byte": 2.0, "masked_tokens": 10}
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder to work in, with rows, a tokenizer and no results."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("benchmarks/results", "docs", "tokenizer"):
+        Path(folder).mkdir(parents=True)
+    Path("tokenizer/tokenizer.json").touch()
+    ablation_plan.ROWS.write_text(yaml.safe_dump({"default": DEFAULT, "groups": GROUPS}, sort_keys=False))
+    return tmp_path
+
+
+def start(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    module.main()
+
+
+def result(row="default", seed=0, loss=4.0, equal="tokens", budget=1000, before=10.0, speed=100.0, **changes):
+    default, rows = ablation_plan.read_rows()
+    options = ablation_plan.options_of({**default, "max_tokens": budget}, {**rows.get(row, {}), **changes})
+    measured = {} if before is None else {"seconds_before": before}
+    return {"row": row, "seed": seed, "options": options, "loss": loss, "accuracy": 0.25, "tokens_per_second": speed,
+            "equal": equal, "budget": budget, **MASKED, **measured}  # fmt: skip
+
+
+def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", **options):
+    curve = {"columns": ["loss", "tokens", "minutes"], "rows": [[5.0, 10, 0.5], [4.0, 20, 1.0]]}
+    return {"language": language, "model": model, "seed": seed, "minutes": minutes, "threads": 2, "options": options,
+            "loss": loss, "accuracy": 0.25, "tokens": 2_000_000, "curve": curve, **MASKED}  # fmt: skip
+
+
+def write(path, results):
+    Path(path).write_text("".join(json.dumps(each) + "\n" for each in results))
+
+
+def cells_of(table, row):
+    line = next(line for line in table.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_changes_replace_the_defaults_options_and_null_takes_one_away():
+    default = {"a": 1, "b": 2, "config": {"x": 1, "y": 2}}
+    assert ablation_plan.options_of(default, {"b": None, "c": 0, "config": {"y": None, "z": 3}}) == {
+        "a": 1, "c": 0, "config": {"x": 1, "z": 3}}  # fmt: skip
+    assert ablation_plan.options_of({"a": 1}, {}) == {"a": 1}
+
+
+def test_every_row_of_the_real_file_changes_something():
+    default, rows = ablation_plan.read_rows(ROOT / ablation_plan.ROWS)
+    same = [row for row, changes in rows.items() if ablation_plan.options_of(default, changes) == default]
+    assert same == ["default"]
+
+
+def test_command_line_of_a_run():
+    options = {"variant": "stock", "train_file": ["DATA/a", "DATA/b"], "warmup_steps": 0.1,
+               "config": {"attention_pattern": ["full", "random"], "attention_bias": False}}  # fmt: skip
+    assert ablations.command_of(options, Path("/data"), 3, "out") == [
+        sys.executable, "benchmarks/ablation_variants.py", "stock", "train/pretrain.py", "--seed", "3", "--output_dir",
+        "out", "--train_file", "/data/a", "/data/b", "--warmup_steps", "0.1", "--config_overrides",
+        'attention_pattern=["full", "random"], attention_bias=false']  # fmt: skip
+
+
+def test_curve_has_means_of_as_many_entries_each():
+    log = [{"tokens": 10 * number, "loss": float(number)} for number in range(1, 6)]
+    assert ablations.curve_of(log, points=3) == [[20, 1.5], [40, 3.5], [50, 5.0]]
+    assert ablations.curve_of(log) == [[10 * n, float(n)] for n in range(1, 6)]
+
+
+def test_seconds_before_the_first_step_are_those_that_the_first_entry_does_not_explain():
+    assert ablations.seconds_before([{"minutes": 1.0, "tokens": 4000, "tokens_per_second": 100.0}]) == 20
+    assert ablations.seconds_before([{"minutes": 0.666, "tokens": 4000, "tokens_per_second": 100.0}]) == 0
+
+
+def test_equal_time_is_that_of_all_of_the_training(work):
+    found = [result(speed=90), result(seed=1, speed=100), result(seed=2, speed=900, before=11),
+             result("rate: slow", before=0, speed=200), result("rate: slow", budget=50, speed=1)]  # fmt: skip
+    # The default: 10 seconds before and 1000 tokens at 100 a second. The row: 20 seconds at 200.
+    assert ablation_plan.tokens_in_time(found, "rate: slow", 1000) == 4000
+    assert ablation_plan.tokens_in_time(found, "default", 1000) == 1000
+
+
+@pytest.mark.parametrize("missing", ["the row", "the default", "the seconds before"])
+def test_equal_time_without_a_pace_is_refused_before_any_run(work, monkeypatch, missing):
+    row, default = result("rate: slow", before=None if missing == "the seconds before" else 0), result()
+    write(ablation_plan.RESULTS, {"the row": [default], "the default": [row]}.get(missing, [row, default]))
+    monkeypatch.setattr(ablations, "run", lambda *run: pytest.fail("was run"))
+    with pytest.raises(ValueError, match=r"pace of '.*' and of the default at 1,000 tokens\. Run both"):
+        start(monkeypatch, ablations, "--data", work, "--row", "default", "rate: slow", "--equal_time", "--seeds", 0)
+
+
+def test_what_is_done_is_not_run_again(work):
+    default, rows = ablation_plan.read_rows()
+    found = [result(), result("rate: slow"), result(seed=1, budget=50), result("rate: slow", 1, equal="time")]
+    chosen = {row: rows[row] for row in ("default", "rate: slow")}
+    assert [run[:2] for run in ablation_plan.plan(chosen, default, [0, 1], found, "tokens")] == [
+        ("default", 1), ("rate: slow", 1)]  # fmt: skip
+    timed = ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0, 1], found, "time")
+    assert [(run[:2], run[2]["max_tokens"]) for run in timed] == [(("rate: slow", 0), 1000)]
+
+
+@pytest.mark.parametrize("equal", ["tokens", "time"])
+def test_a_result_with_other_options_does_not_count_as_done(work, equal):
+    default, rows = ablation_plan.read_rows()
+    done = result("rate: slow", equal=equal, max_tokens=1000 if equal == "tokens" else 1234)
+    assert ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0], [done], equal) == []
+    done["options"]["learning_rate"] = 0.5
+    message = r"'rate: slow', seed 0.* learning_rate: 0\.5 against 0\.001\. Remove its line, or pass another --output"
+    with pytest.raises(ValueError, match=message):
+        ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0], [done], equal)
+
+
+@pytest.mark.parametrize(("option", "message"), [("--row", "no such row: 'rat'"), ("--group", "no such group: 'rat'")])
+def test_unknown_rows_and_groups_are_refused(work, monkeypatch, capsys, option, message):
+    monkeypatch.setattr(ablations, "run", lambda *run: pytest.fail("was run"))
+    with pytest.raises(SystemExit):
+        start(monkeypatch, ablations, "--data", work, option, "rat")
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_run_is_named_at_the_end_and_the_others_are_kept(work, monkeypatch, capsys):
+    def run(row, seed, options, data, threads):
+        if row == "rate: slow":
+            raise RuntimeError("out of memory")
+        return {"row": row, "seed": seed, "options": options, "loss": 4.0, "accuracy": 0.25}
+
+    monkeypatch.setattr(ablations, "run", run)
+    with pytest.raises(SystemExit, match=r"failed: 'rate: slow', seed 0$"):
+        start(monkeypatch, ablations, "--data", work, "--group", "rate")
+    assert "'rate: slow', seed 0 failed: RuntimeError: out of memory" in capsys.readouterr().out
+    kept = ablation_plan.read_results()
+    assert [(each["row"], each["equal"], each["budget"]) for each in kept] == [("rate: none", "tokens", 1000)]
+
+
+def test_tokenizer_is_trained_once_and_its_seconds_are_kept(work, monkeypatch):
+    def train(command, **kwargs):
+        commands.append(command)
+        Path("tokenizer/tokenizer.json").touch()
+
+    commands = []
+    monkeypatch.setattr(ablations.subprocess, "run", train)
+    monkeypatch.setattr(ablations, "RECIPE", ROOT / ablations.RECIPE)
+    assert ablations.make_tokenizer(DEFAULT, work) is None
+    Path("tokenizer/tokenizer.json").unlink()
+    assert ablations.make_tokenizer(DEFAULT, work) == ablations.make_tokenizer(DEFAULT, work) >= 0
+    assert len(commands) == 1
+    assert commands[0][2:4] == ["--train_file", f"{work}/a.parquet"]
+    assert commands[0][commands[0].index("--vocab_size") + 1] == "8192"
+
+
+def test_ten_minutes_refuse_a_result_with_other_options():
+    arguments = argparse.Namespace(language="en", minutes=10, threads=2)
+    found = [trained(learning_rate=2e-3)]
+    assert ten_minutes.is_done("ours", {"learning_rate": 2e-3}, 0, arguments, found)
+    assert not ten_minutes.is_done("ours", {"learning_rate": 2e-3}, 1, arguments, found)
+    with pytest.raises(ValueError, match=r"'ours', en, seed 0, 10 minutes, .*: learning_rate: 0.002 against 0.001\."):
+        ten_minutes.is_done("ours", {"learning_rate": 1e-3}, 0, arguments, found)
+    arguments.threads = 4
+    with pytest.raises(ValueError, match="threads: 2 against 4"):
+        ten_minutes.is_done("ours", {"learning_rate": 2e-3}, 0, arguments, found)
+
+
+def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
+    monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
+    monkeypatch.setattr(ten_minutes, "make_tokenizer", lambda options, data: 12.5)
+    monkeypatch.setattr(ten_minutes, "run", lambda name, options, seed, arguments: trained(name, seed, **options))
+    written = yaml.safe_load(ten_minutes.MODELS.read_text(encoding="utf-8"))
+    Path(written["recipe"]).parent.mkdir(parents=True)
+    Path(written["recipe"]).write_text((ROOT / written["recipe"]).read_text(encoding="utf-8"), encoding="utf-8")
+    for _ in range(2):
+        start(monkeypatch, ten_minutes, "--data", work, "--seeds", 0)
+    kept = ablation_plan.read_results(ten_minutes.RESULTS)
+    assert [each["model"] for each in kept] == list(written["models"])
+    assert {each["tokenizer_seconds"] for each in kept} == {12.5}
+
+
+def test_spread_and_difference():
+    assert learning_tables.spread([4.0]) == "4.000"
+    assert learning_tables.spread([4.0, 4.5, 4.1]) == "4.200 ± 0.250"
+    some, others = [{"seed": s, "loss": 4.0 + s} for s in (0, 1)], [{"seed": s, "loss": 3.5} for s in (1, 2)]
+    assert learning_tables.difference(some, others) == "+1.500"
+    assert learning_tables.difference(some, others[1:]) == learning_tables.difference(some, []) == ""
+
+
+def test_ablations_table(work, capsys):
+    write(ablation_plan.RESULTS, [
+        result(), result(seed=1, loss=4.2), result("rate: slow", loss=4.5, before=0, speed=200),
+        result("rate: slow", loss=3.9, equal="time", max_tokens=4000, before=0),
+        result("rate: none", seed=7, before=None), result("rate: forgotten"), result("stock models: BERT", budget=50),
+    ])  # fmt: skip
+    table = learning_tables.ablations()
+    assert cells_of(table, "default") == ["4.100 ± 0.100", "", "25.0%", "2", "1.00", ""]
+    assert cells_of(table, "rate: slow") == ["4.500", "+0.500", "25.0%", "1", "4.00", "-0.100"]
+    assert cells_of(table, "rate: none") == ["4.000", "", "25.0%", "1", "", ""]  # no seed of the default's, no pace
+    assert len(table.splitlines()) == 5
+    assert "'rate: forgotten' is in benchmarks/results/ablations.jsonl and no longer in" in capsys.readouterr().out
+
+
+def test_ablations_table_without_the_default(work):
+    write(ablation_plan.RESULTS, [result("rate: slow")])
+    assert cells_of(learning_tables.ablations(), "rate: slow") == ["4.000", "", "25.0%", "1", "", ""]
+
+
+def test_stock_search_has_the_stock_models_at_their_budget(work):
+    budget = learning_tables.STOCK_BUDGET
+    found = [result("stock models: BERT", budget=budget, before=0, speed=50), result("rate: slow", budget=budget)]
+    write(ablation_plan.RESULTS, found)
+    assert cells_of(learning_tables.stock_search(), "BERT") == ["4.000", "25.0%", "1", ""]
+    write(ablation_plan.RESULTS, [*found, result(before=0, speed=100)])
+    assert cells_of(learning_tables.stock_search(), "BERT")[-1] == "0.50"
+    write(ablation_plan.RESULTS, [*found, result(before=0), result(budget=budget, before=0, speed=25)])
+    assert cells_of(learning_tables.stock_search(), "BERT")[-1] == "2.00"
+    assert len(learning_tables.stock_search().splitlines()) == 3
+
+
+def test_tables_do_not_average_results_with_different_options(work):
+    write(ablation_plan.RESULTS, [result("rate: slow"), result("rate: slow", seed=1, learning_rate=0.5)])
+    with pytest.raises(ValueError, match=r"'rate: slow' has .* options: learning_rate: 0\.001 against 0\.5\. Remove"):
+        learning_tables.ablations()
+    write(ten_minutes.RESULTS, [trained(a=1), trained("BERT", a=2), trained(seed=1, a=2)])
+    with pytest.raises(ValueError, match=r"'ours', en, has results with different options: a: 1 against 2"):
+        learning_tables.ten_minutes("en")
+
+
+def test_ten_minutes_table(work):
+    write(ten_minutes.RESULTS, [
+        trained(), trained(seed=1, loss=4.5), trained("BERT"), trained(minutes=1, loss=9), trained(language="zh"),
+    ])  # fmt: skip
+    table = learning_tables.ten_minutes("en")
+    assert cells_of(table, "**ours**") == ["4.250 ± 0.250", "25.0%", "2.000", "2.0", "2"]
+    assert cells_of(table, "BERT")[0] == "4.000"
+
+
+def test_curves_label_every_model_and_keep_minutes_apart(work, monkeypatch, capsys):
+    write(ten_minutes.RESULTS, [trained(), trained("BERT", seed=1), trained("other", minutes=1)])
+    drawn, draw = [], learning_curves.draw
+    monkeypatch.setattr(learning_curves, "draw", lambda found: drawn.append(draw(found)) or drawn[-1])
+    for minutes in (10, 1):
+        start(monkeypatch, learning_curves, "--minutes", minutes)
+    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
+    assert labels == [["ours", "BERT"], ["other"]]
+    assert Path("docs/ten_minutes_en.png").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        start(monkeypatch, learning_curves, "--minutes", 3)
+    assert "nothing for --language en --minutes 3" in capsys.readouterr().err
+
+
+def evaluation(*names):
+    blimp = {"blimp": {"accuracy": 0.5, "phenomena": {}, "paradigms": {}}}
+    score = {"values": [0.5], "median": 0.5, "lowest": 0.5, "highest": 0.5}
+    task = {"metric": "accuracy", "models": {**dict.fromkeys(names, score), f"{names[0]} from scratch": score},
+            "baselines": {"majority": 0.4}}  # fmt: skip
+    return {"models": dict.fromkeys(names, blimp), "suite": {"cola": task}, "commit": "abc",
+            "arguments": {"model_name_or_path": list(names)}}  # fmt: skip
+
+
+def test_take_keeps_an_evaluation_and_writes_its_table(work, monkeypatch):
+    Path("evaluation.json").write_text(json.dumps(evaluation("/home/me/runs/mine", "runs/other/", "google/bert")))
+    for name in ("blimp_en", "suite_en"):
+        Path("README.md").write_text(f"before\n<!-- {name} -->\nold\n<!-- -->\nafter\n")
+        start(monkeypatch, tables, "--take", "evaluation.json", name)
+        page = Path("README.md").read_text()
+        assert page.startswith(f"before\n<!-- {name} -->\n| ")
+        assert page.endswith("|\n<!-- -->\nafter\n")
+        assert "old" not in page
+        assert " | mine | other | bert | " in page
+        kept = Path("benchmarks/results", f"{name}.json").read_text()
+        assert json.loads(kept) == evaluation("mine", "runs/other/", "google/bert")
+    assert "| mine from scratch |" in page
+
+
+@pytest.mark.parametrize("name", ["blimp_en", "suite_en"])
+def test_take_refuses_an_evaluation_without_the_tables_part(work, name):
+    found = {**evaluation("mine"), "models": {"mine": {"masked_tokens": {}}}, "suite": {}}
+    Path("evaluation.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=rf"{name} needs .* with that among its --parts"):
+        learning_tables.take(Path("evaluation.json"), name)
+    assert not list(Path("benchmarks/results").iterdir())
+
+
+def test_take_refuses_two_models_of_the_same_short_name(work):
+    Path("evaluation.json").write_text(json.dumps(evaluation("runs/a/last", "runs/b/last")))
+    with pytest.raises(ValueError, match="have the same last folder"):
+        learning_tables.take(Path("evaluation.json"), "blimp_en")
+
+
+def test_take_refuses_an_unknown_table(work, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        start(monkeypatch, tables, "--take", "evaluation.json", "blimp_fr")
+    assert "no table 'blimp_fr'. There are blimp_en, suite_en, suite_zh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "expected"), [([10, 20], 15.0), ([9], 9.0)], ids=["two", "none"])
+def test_averaged_weights_are_the_mean_of_the_steps_that_fell_into_the_share(steps, expected):
+    trainer = argparse.Namespace(progress=argparse.Namespace(share=lambda: 1.0))
+    model, average = torch.nn.Linear(2, 1), ablation_variants.Average(trainer, 0.2)
+    for step in steps:
+        torch.nn.init.constant_(model.weight, step)
+        average.on_step_end(None, argparse.Namespace(global_step=step), None, model=model)
+    average.on_train_end(None, None, None, model=model)
+    assert torch.equal(model.weight, torch.full((1, 2), expected))
