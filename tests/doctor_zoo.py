@@ -594,6 +594,16 @@ def rows_longer_than_the_positions(folder):
     )
 
 
+@animal(errors="recipe", what="--unigram_bias gives a new model .* which is trained")
+def first_values_for_a_trained_model(folder):
+    return pretraining(folder, unigram_bias=True, model_name_or_path=tiny_model_folder(), config_overrides=None)
+
+
+@animal(errors="recipe", what="--neighbour_vectors .*--streaming reads no text before")
+def counts_of_a_stream_that_nobody_has_read(folder):
+    return pretraining(folder, neighbour_vectors=0.08, streaming=True)
+
+
 @animal(errors="steps", what="warm-up is 100 steps and the training 20")
 def a_warm_up_longer_than_the_training(folder):
     return pretraining(folder, warmup_steps=100)

@@ -47,7 +47,9 @@ def together(function, cases, folder: Path, size: int = 2) -> list:
         multiprocessing.spawn(_one_of, (port, size, function, list(cases), str(folder)), nprocs=size)
     except Exception as error:
         for rank in range(size):  # pytest shows it far from the error, after all that the Trainer printed
-            error.add_note(f"Process {rank} ended with:\n{(folder / f'stderr-{rank}').read_text()[-4000:]}")
+            file = folder / f"stderr-{rank}"
+            told = file.read_text(errors="replace")[-4000:] if file.is_file() else "no file of its own yet"
+            error.add_note(f"Process {rank} ended with:\n{told}")
         raise
     return json.loads((folder / "answers.json").read_text())
 

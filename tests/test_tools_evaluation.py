@@ -25,19 +25,8 @@ from hf_selfattn.tools.blimp import (
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.evaluation import answers, longest_row, open_masked_lm, questions_by_length
 from hf_selfattn.tools.evaluation_masked import masked_token_metrics, masked_word_metrics, words_in_windows
-from hf_selfattn.tools.evaluation_results import (
-    Results,
-    blimp_table,
-    identity_of_model,
-    masked_table,
-    suite_table,
-)
-from hf_selfattn.tools.evaluation_suite import SuiteModel, read_suite, run_suite, suite_baselines
+from hf_selfattn.tools.evaluation_results import Results, blimp_table, identity_of_model, masked_table
 from hf_selfattn.tools.opening import ModelArguments
-from hf_selfattn.tools.task_choices import MultipleChoice
-from hf_selfattn.tools.task_texts import TextClassification, TextRegression
-from hf_selfattn.tools.task_tokens import TokenClassification
-from hf_selfattn.tools.tasks import TaskArguments
 from hf_selfattn.tools.tokenizer import save_tokenizer, train_tokenizer
 from hf_selfattn.tools.windows import as_rows
 
@@ -249,7 +238,7 @@ class TestMaskedTokens:
                                                     tokens_per_batch=size)
                                for seed, size in ((0, 4096), (0, 40), (1, 4096)))  # fmt: skip
         assert again == pytest.approx(first, rel=1e-5)
-        assert other["loss"] != pytest.approx(first["loss"], rel=1e-3)
+        assert other["loss"] != pytest.approx(first["loss"], rel=1e-5)
 
 
 def uniform_model(tokenizer):
@@ -461,168 +450,6 @@ class TestResults:
         (folder / "model.safetensors").write_bytes(weights)
         assert identity_of_model(folder) != before
         assert identity_of_model(folder, weights=False) == shape
-
-
-def recipes(folder, **of_tasks):
-    for name, task in of_tasks.items():
-        (folder / f"{name}.yaml").write_text(f"task: {task}\ndataset_name: on/hub\nlearning_rate: 1e-3\n")
-    return folder
-
-
-class Trainings:
-    """Stands for finetune.py: remembers its recipes, and is killed after some."""
-
-    def __init__(self, killed_after=None):
-        self.recipes, self.killed_after = [], killed_after
-
-    def __call__(self, argv):
-        if len(self.recipes) == self.killed_after:
-            raise KeyboardInterrupt
-        import yaml
-
-        self.recipes.append(yaml.safe_load(Path(argv[0]).read_text()))
-        seed, value = self.recipes[-1]["seed"], len(self.recipes[-1]["model_name_or_path"]) % 7 / 10
-        Path(self.recipes[-1]["output_dir"]).mkdir()
-        return {
-            "eval_accuracy": value + [0.1, 0.3, 0.0][seed],
-            "eval_f1": 50.0 + seed,
-            "eval_matthews_correlation": 0.5,
-        }
-
-
-class TestSuite:
-    MODELS = (SuiteModel("x", "path/x", "1"), SuiteModel("yy", "path/yy", "2"))
-
-    def run(self, folder, trainings, models=MODELS, seeds=(0, 1, 2)):
-        tasks = {"a": "text-classification", "b": "question-answering", "cola": "text-classification"}
-        suite, results = read_suite([recipes(folder, **tasks)]), Results(folder / "results.jsonl")
-        suite["cola"]["metric_for_best_model"] = "matthews_correlation"
-        runs = folder / "runs"
-        return run_suite(trainings, lambda recipe: {"majority": 0.4}, suite, models, seeds, results, runs, False)
-
-    def test_medians_over_seeds(self, tmp_path):
-        trainings = Trainings()
-        found = self.run(tmp_path, trainings)
-        assert len(trainings.recipes) == 18
-        assert [r["seed"] for r in trainings.recipes] == [0] * 6 + [1] * 6 + [2] * 6  # a whole picture early
-        assert found["a"]["metric"] == "accuracy"
-        assert found["a"]["models"]["x"] == {
-            "values": pytest.approx([0.7, 0.9, 0.6]), "median": pytest.approx(0.7),
-            "lowest": pytest.approx(0.6), "highest": pytest.approx(0.9)}  # fmt: skip
-        assert found["b"]["models"]["yy"]["values"] == [0.5, 0.51, 0.52]  # the F1 of answers is in %
-        assert (found["cola"]["metric"], found["cola"]["models"]["x"]["median"]) == ("matthews_correlation", 0.5)
-        assert found["a"]["baselines"] == {"majority": 0.4}
-        assert not [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
-        lines = suite_table(found).splitlines()
-        assert lines[2].startswith("| a | accuracy | 70.0 (60.0 to 90.0) | ")
-        assert lines[2].endswith(" | majority 40.0 |")
-        assert lines[0] == "|  | metric | x | yy | baselines |"
-        assert lines[-1].startswith("| mean |  | 57.0 |")
-
-    def test_a_killed_suite_goes_on_where_it_stopped(self, tmp_path):
-        first = Trainings(killed_after=7)
-        with pytest.raises(KeyboardInterrupt):
-            self.run(tmp_path, first)
-        second, whole = Trainings(), Trainings()
-        found = self.run(tmp_path, second)
-        (tmp_path / "other").mkdir()
-        assert found == self.run(tmp_path / "other", whole)
-        runs = [[(r["seed"], r["task"], r["model_name_or_path"]) for r in t.recipes] for t in (first, second, whole)]
-        assert (len(runs[0]), len(runs[1])) == (7, 11)
-        assert runs[0] + runs[1] == runs[2]
-        third = Trainings()
-        assert self.run(tmp_path, third) == found
-        assert not third.recipes
-
-    def test_a_model_that_changed_is_trained_again(self, tmp_path):
-        self.run(tmp_path, Trainings(), seeds=[0])
-        again = Trainings()
-        self.run(tmp_path, again, (self.MODELS[0], self.MODELS[1]._replace(identity="3")), seeds=[0])
-        assert [r["model_name_or_path"] for r in again.recipes] == ["path/yy"] * 3
-
-    def test_fresh_weights_differ_by_seed(self, tmp_path):
-        starts = []
-
-        def finetune(argv):
-            import yaml
-
-            recipe = yaml.safe_load(Path(argv[0]).read_text())
-            model = AutoModelForMaskedLM.from_pretrained(recipe["model_name_or_path"])
-            starts.append(model.get_input_embeddings().weight.detach().clone())
-            return {"eval_accuracy": 0.5}
-
-        suite = read_suite([recipes(tmp_path, a="text-classification")])
-        model = SuiteModel("x", tiny_model_folder(), "1", from_scratch=True)
-        for folder in ("once", "twice"):
-            results = Results(tmp_path / folder / "results.jsonl")
-            run_suite(finetune, lambda recipe: {}, suite, [model], [0, 1], results, tmp_path / folder, False)
-        trained = AutoModelForMaskedLM.from_pretrained(tiny_model_folder()).get_input_embeddings().weight
-        assert torch.equal(starts[0], starts[2])
-        assert torch.equal(starts[1], starts[3])
-        assert not torch.equal(starts[0], starts[1])
-        assert not torch.equal(starts[0], trained)
-        assert not list(tmp_path.glob("*/from-scratch*"))
-
-    def test_local_data_and_overrides(self, tmp_path):
-        (tmp_path / "data" / "a").mkdir(parents=True)
-        recipes(tmp_path, a="text-classification", b="text-classification")
-        suite = read_suite([tmp_path], ["a"], tmp_path / "data", "learning_rate=5e-5,num_train_epochs=2")
-        assert list(suite) == ["a"]
-        assert suite["a"]["dataset_name"] == str((tmp_path / "data" / "a").resolve())
-        assert (suite["a"]["learning_rate"], suite["a"]["num_train_epochs"]) == (5e-5, 2)
-        with pytest.raises(FileNotFoundError, match=r"a folder for each task, and .*b' is none. Leave b out"):
-            read_suite([tmp_path], None, tmp_path / "data")
-
-    def test_what_cannot_be_a_suite_is_refused(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="holds no recipe"):
-            read_suite([tmp_path])
-        recipes(tmp_path, sst2="text-classification")
-        with pytest.raises(ValueError, match=r"--suite_tasks are sst2, got 'sst'. Did you mean 'sst2'"):
-            read_suite([tmp_path], ["sst"])
-        with pytest.raises(ValueError, match=r"the suite sets 'seed' itself for each run. Leave it out"):
-            read_suite([tmp_path], overrides="seed=3")
-        recipes(tmp_path, other="cooking")
-        with pytest.raises(ValueError, match=r"says its task, one of .*; 'other' has 'cooking'"):
-            read_suite([tmp_path])
-
-
-class TestBaselines:
-    def test_labels_of_texts_by_any_metric(self):
-        rows = Dataset.from_dict({"text": ["good film", "bad film", "good one"] * 4, "label": ["p", "n", "p"] * 4})
-        task = TextClassification(TaskArguments(), {"train": rows, "validation": rows})
-        assert suite_baselines(task, rows, rows, "accuracy") == {
-            "majority": pytest.approx(2 / 3), "tfidf_logistic_regression": 1.0}  # fmt: skip
-        assert suite_baselines(task, rows, rows, "matthews_correlation") == {
-            "majority": 0.0, "tfidf_logistic_regression": pytest.approx(1.0)}  # fmt: skip
-
-    def test_pairs_with_numbers(self):
-        pairs = [("the cat", "the cat", 5.0), ("the cat sees", "the cat", 4.0), ("a dog", "music", 0.0)]
-        rows = Dataset.from_list([{"sentence1": a, "sentence2": b, "label": c} for a, b, c in pairs])
-        task = TextRegression(TaskArguments(), {"train": rows, "validation": rows})
-        assert suite_baselines(task, rows, rows, "spearmanr") == {"tfidf_cosine": pytest.approx(1.0)}
-
-    def test_labels_of_words(self):
-        train = Dataset.from_list([{"tokens": ["a", "b", "a", "c"], "tags": ["X", "Y", "Z", "X"]},
-                                   {"tokens": ["a"], "tags": ["Z"]}, {"tokens": ["d"], "tags": ["X"]}])  # fmt: skip
-        validation = Dataset.from_list([{"tokens": ["a", "b", "new", "c"], "tags": ["Z", "Y", "X", "Y"]}])
-        task = TokenClassification(TaskArguments(), {"train": train, "validation": validation})
-        assert suite_baselines(task, train, validation, "accuracy") == {
-            "majority": 0.25,
-            "commonest_of_each_word": 0.75,
-        }
-
-    def test_chunks(self):
-        tags = ["O", "O", "O", "B-X", "I-X", "O", "B-X"]
-        rows = Dataset.from_list([{"tokens": list("abacdab"), "tags": tags}])
-        task = TokenClassification(TaskArguments(), {"train": rows, "validation": rows})
-        # By its commonest labels, c d alone is a chunk: found, and all that is found is one.
-        assert suite_baselines(task, rows, rows, "f1") == {
-            "majority": 0.0, "commonest_of_each_word": pytest.approx(2 / 3)}  # fmt: skip
-
-    def test_others_have_none(self):
-        rows = Dataset.from_list([{"context": "a", "ending0": "b", "ending1": "c", "label": 1}])
-        task = MultipleChoice(TaskArguments(), {"train": rows, "validation": rows})
-        assert suite_baselines(task, rows, rows, "accuracy") == {}
 
 
 def test_tables():

@@ -1,10 +1,13 @@
+import gc
 import json
+import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from hf_selfattn.tools.tokenizer import save_tokenizer
 
@@ -123,6 +126,56 @@ def test_a_model_that_is_too_short_is_said_before_another_is_measured(evaluate, 
     command = [*files, "--model_name_or_path", tiny_model_folder(), str(tmp_path / "short"), "--parts", "masked_lm"]
     with pytest.raises(ValueError, match=r"short reads .* 128 tokens, and the longest window of 4000 bytes has"):
         evaluate.main([*command, "--window_bytes", "4000", "--validation_file", text])
+    assert not measured
+
+
+def test_each_model_is_opened_once_and_let_go_before_the_next(evaluate, files, tmp_path, monkeypatch):
+    opened, open_masked_lm = [], evaluate.open_masked_lm
+
+    def open_one(arguments):
+        gc.collect()
+        assert not any(model() for model in opened)
+        model, tokenizer = open_masked_lm(arguments)
+        opened.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluate, "open_masked_lm", open_one)
+    names = [tiny_model_folder(), shutil.copytree(tiny_model_folder(), tmp_path / "other")]
+    evaluate.main([*files, "--model_name_or_path", *map(str, names), "--disable_tqdm"])
+    assert len(opened) == 2
+
+
+def cut_short(folder):
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(2000)
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def with_another_head(folder):
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (shutil.rmtree, FileNotFoundError, "is not a folder"),
+        (without_weights, FileNotFoundError, "holds no weights"),
+        (cut_short, Exception, "header"),
+        (with_another_head, ValueError, "lacks 3 of its weights"),
+    ],
+)
+def test_a_model_that_cannot_be_opened_is_said_before_another_is_measured(
+    spoil, error, message, evaluate, files, tmp_path, monkeypatch
+):
+    spoil(shutil.copytree(tiny_model_folder(), tmp_path / "other"))
+    measured = []
+    monkeypatch.setattr(evaluate, "blimp_metrics", lambda *args, **kwargs: measured.append(args))
+    names = [tiny_model_folder(), str(tmp_path / "other")]
+    with pytest.raises(error, match=message):
+        evaluate.main([*files, "--model_name_or_path", *names, "--parts", "blimp"])
     assert not measured
 
 

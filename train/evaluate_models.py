@@ -22,21 +22,23 @@ from pathlib import Path
 import torch
 from finetune import FinetuningArguments, make_task, sampled
 from finetune import main as finetune
+from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.utils import logging
 
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
 from hf_selfattn.tools.blimp import PUBLISHED, blimp_metrics, first_of_each_paradigm, load_blimp
 from hf_selfattn.tools.card import hash_of_rows
 from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm
-from hf_selfattn.tools.evaluation_masked import check_windows, masked_token_metrics, masked_word_metrics
+from hf_selfattn.tools.evaluation_masked import check_fast, check_windows, masked_token_metrics, masked_word_metrics
 from hf_selfattn.tools.evaluation_results import Results, blimp_table, identity_of_model, masked_table, suite_table
 from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite, suite_baselines
 from hf_selfattn.tools.fast_defaults import accelerator_available, keep_memory
-from hf_selfattn.tools.opening import ModelArguments
+from hf_selfattn.tools.opening import ModelArguments, check_source_of_model
 from hf_selfattn.tools.recipes import parse_arguments, read_recipe
 from hf_selfattn.tools.run_record import git_commit, versions
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
 from hf_selfattn.tools.tasks import TaskArguments
+from hf_selfattn.tools.tokenizer import check_tokenizer, open_tokenizer
 
 RECIPES = Path(__file__).parent / "recipes" / "suite"
 TEXT = {"dataset_name": "Salesforce/wikitext", "dataset_config_name": "wikitext-2-raw-v1"}
@@ -76,16 +78,14 @@ def without_training(arguments, data, results):
     hashes = {part: hash_of_rows(rows) for part, rows in data.items()}
     keys, scores = {}, {}
     for name in arguments.model_name_or_path:
+        check_source_of_model(model_arguments(name, arguments))
         about = {"model": name, "identity": identity_of_model(name, trust_remote_code=arguments.trust_remote_code)}
         keys[name] = {
             measure: {"part": measure, **about, "data": hashes[part], "dtype": arguments.dtype, **options}
             for measure, (_, part, _, options) in measures.items()
         }
         if any(key not in results for key in keys[name].values()):
-            # What cannot be measured is said before the first model is.
-            model, tokenizer = open_for(name, arguments)
-            if "masked_lm" in data:
-                check_windows(tokenizer, model.config, data["masked_lm"]["text"][:], arguments.window_bytes, name)
+            check_model(name, arguments, data["masked_lm"]["text"][:] if "masked_lm" in data else None)
     for name, of_model in keys.items():
         opened, scores[name] = None, {}
         for measure, key in of_model.items():
@@ -97,11 +97,36 @@ def without_training(arguments, data, results):
     return scores
 
 
+def model_arguments(name, arguments):
+    options = {option: getattr(arguments, option) for option in ("attn_implementation", "trust_remote_code")}
+    return ModelArguments(model_name_or_path=name, **options)
+
+
+def check_model(name, arguments, texts):
+    """Refuse a model that cannot be measured before the first one is, without reading its weights.
+
+    Args:
+        texts: of masked_lm; None where that is not asked for.
+    """
+    options = {"trust_remote_code": arguments.trust_remote_code}
+    config, tokenizer = AutoConfig.from_pretrained(name, **options), open_tokenizer(name, **options)
+    check_tokenizer(tokenizer, config, name, masks=True)
+    if texts is not None:
+        check_fast(tokenizer)
+        check_windows(tokenizer, config, texts, arguments.window_bytes, name)
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    try:
+        _, found = AutoModelForMaskedLM.from_pretrained(name, device_map="meta", output_loading_info=True, **options)
+        opens = not found["missing_keys"]
+    except Exception:  # also of other people's code that runs on a real device alone
+        opens = False
+    if not opens:
+        open_masked_lm(model_arguments(name, arguments))  # says what is wrong
+
+
 def open_for(name, arguments):
-    model, tokenizer = open_masked_lm(
-        ModelArguments(model_name_or_path=name, attn_implementation=arguments.attn_implementation,
-                       trust_remote_code=arguments.trust_remote_code)
-    )  # fmt: skip
+    model, tokenizer = open_masked_lm(model_arguments(name, arguments))
     device = torch.accelerator.current_accelerator() if accelerator_available() else "cpu"
     return model.to(device), tokenizer
 

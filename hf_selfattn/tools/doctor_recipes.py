@@ -118,6 +118,7 @@ def _follow_pretraining(examination, script, path, folder):
     _begin(examination, training, model_arguments, arguments, folder)
     examination.recipe.long_texts = arguments.long_texts
     script.check_choice(arguments.long_texts)
+    script.check_first_values(arguments, model_arguments, source)
     script.check_rate_end(arguments.mlm_probability_end, training, source.streaming)
     if source.streaming:
         script.check_training(training)

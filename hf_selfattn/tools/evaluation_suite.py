@@ -26,8 +26,15 @@ from .recipes import nearest, read_recipe
 from .scoring import score
 from .tokenizer import open_tokenizer, save_tokenizer
 
-METRIC_OF_KIND = {"text-classification": "accuracy", "text-regression": "pearsonr", "token-classification": "accuracy",
-                  "question-answering": "f1", "multiple-choice": "accuracy"}  # fmt: skip
+METRICS = {
+    "text-classification": (("accuracy", "f1", "matthews_correlation"), ("accuracy", "f1_micro", "f1_macro")),
+    "text-regression": (("pearsonr", "spearmanr"),),
+    "token-classification": (("accuracy", "f1"), ("accuracy", "f1", "precision", "recall")),
+    "question-answering": (("f1", "exact_match"),),
+    "multiple-choice": (("accuracy",),),
+}
+"""Of each kind of task those of which more is better, the usual one first; then the same where a text has several
+labels, or labels of words make chunks (B-, I-)."""
 
 
 class SuiteModel(NamedTuple):
@@ -57,13 +64,21 @@ def read_suite(folders, names=None, data=None, overrides=None):
 
     Raises:
         FileNotFoundError: no recipe in a folder, no data set of a task in `data`.
-        ValueError: an unknown task; a recipe without a kind of task; an override of what the suite decides.
+        ValueError: two recipes of one name; an unknown task; a recipe without a kind of task, or with a metric that is
+            none of its kind; an override of what the suite decides.
     """
-    recipes = {}
+    recipes, origin = {}, {}
     for folder in folders:
         found = {path.stem: read_recipe(path) for path in sorted(Path(folder).glob("*.yaml"))}
         if not found:
             raise FileNotFoundError(f"--suite_recipes {str(folder)!r} holds no recipe (*.yaml). Name folders that do.")
+        for name in found:
+            if name in origin:
+                raise ValueError(
+                    f"A task of the suite has one recipe, and {name!r} is in --suite_recipes {str(origin[name])!r} "
+                    f"and {str(folder)!r}. Rename one of the files, or leave one folder out."
+                )
+            origin[name] = folder
         recipes |= found
     for name in names or ():
         if name not in recipes:
@@ -75,11 +90,12 @@ def read_suite(folders, names=None, data=None, overrides=None):
     suite = {}
     for name in names or recipes:
         recipe = {**recipes[name], **changes}
-        if recipe.get("task") not in METRIC_OF_KIND:
+        kind = recipe.get("task")
+        if kind not in METRICS:
             raise ValueError(
-                f"A recipe of the suite says its task, one of {', '.join(METRIC_OF_KIND)}; {name!r} has "
-                f"{recipe.get('task')!r}."
+                f"A recipe of the suite says its task, one of {', '.join(METRICS)}; {name!r} has {kind!r}."
             )
+        _check_metric(metric_of(recipe), dict.fromkeys(chain(*METRICS[kind])), f"{name!r} ({kind})")
         if data is not None:
             path = Path(data, name)
             if not path.is_dir():
@@ -94,8 +110,16 @@ def read_suite(folders, names=None, data=None, overrides=None):
 
 def metric_of(recipe):
     """By which a task is reported: its recipe's `metric_for_best_model`, or the usual one of its kind."""
-    named = recipe.get("metric_for_best_model", "task")
-    return METRIC_OF_KIND[recipe["task"]] if named == "task" else named.removeprefix("eval_")
+    named = recipe.get("metric_for_best_model")
+    return METRICS[recipe["task"]][0][0] if named in (None, "task") else str(named).removeprefix("eval_")
+
+
+def _check_metric(metric, known, what):
+    if metric not in known:
+        raise ValueError(
+            f"The suite reports a metric of which more is better, for {what} one of {', '.join(known)}; its "
+            f"metric_for_best_model is {metric!r}.{nearest(metric, known)} Name one of these, or leave it out."
+        )
 
 
 def fresh_weights(model, seed, folder, **code):
@@ -110,6 +134,9 @@ def fresh_weights(model, seed, folder, **code):
 
 def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=True):
     """Fine-tunes every model on every task with every seed, and writes each result as soon as it is there.
+
+    Baselines come first, because they read all data: what is not there or does not fit is said before a model is
+    trained.
 
     Args:
         finetune: the script's `main([recipe file])`, which returns the scores of the validation data.
@@ -126,6 +153,11 @@ def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=T
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = {task: {"metric": metric_of(recipe), "models": defaultdict(list)} for task, recipe in suite.items()}
+    for task, scores in found.items():
+        key = {"part": "baselines", "task": task, "recipe": suite[task]}
+        if key not in results:
+            results[key] = baselines(_write_recipe(folder / f"{task}-baselines.yaml", suite[task]))
+        scores["baselines"] = results[key]
     runs = [(seed, task, model) for seed in seeds for task in suite for model in models]
     for seed, task, model in tqdm(runs, desc="fine-tuning", unit=" runs", disable=not show):
         key = {"part": "suite", "task": task, "seed": seed, "model": model.label, "identity": model.identity,
@@ -137,12 +169,8 @@ def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=T
         value = results[key][f"eval_{found[task]['metric']}"]
         value /= 100 if suite[task]["task"] == "question-answering" else 1
         found[task]["models"][model.label].append(value)
-    for task, scores in found.items():
+    for scores in found.values():
         scores["models"] = {label: _spread(values) for label, values in scores["models"].items()}
-        key = {"part": "baselines", "task": task, "recipe": suite[task]}
-        if key not in results:
-            results[key] = baselines(_write_recipe(folder / f"{task}-baselines.yaml", suite[task]))
-        scores["baselines"] = results[key]
     return found
 
 
@@ -175,7 +203,12 @@ def suite_baselines(task, train, validation, metric):
 
     Labels of texts: the commonest, and logistic regression on TF-IDF. Numbers for pairs: the cosine of their TF-IDF
     vectors (not trained). Labels of words: the commonest, and the commonest of each word. Others have none.
+
+    Raises:
+        ValueError: the metric is none of a task with such labels.
     """
+    several = getattr(task, "multi_label", False) or getattr(task, "is_chunks", False)
+    _check_metric(metric, METRICS[task.name][several], f"the labels of this {task.name}")
     if task.name == "text-classification" and not task.multi_label:
         labels, wanted = np.array(task.targets(train)), np.array(task.targets(validation))
         texts, others = (_joined(task, rows) for rows in (train, validation))
