@@ -239,6 +239,14 @@ def test_the_masks_of_evaluation_have_their_own_seed(run, corpus, tmp_path):
     assert scores("--eval_masks_seed", "5")["eval_loss"] != first["eval_loss"]
 
 
+def test_evaluation_shows_nothing_of_what_it_asks_for(run, corpus, tmp_path):
+    """All tokens asked for: what is left is how common each is, and how long the rows are."""
+    options = ["--model_name_or_path", str(run[0]), "--do_train", "false", "--eval_mlm_probability", "1"]
+    scores = pretrain(corpus, tmp_path, *options)
+    assert scores["eval_loss"] > 0.7 * scores["eval_unigram_loss"]
+    assert scores["eval_accuracy"] < 0.5
+
+
 def test_a_stream_has_no_neighbours_to_count(corpus, tmp_path):
     with pytest.raises(ValueError, match=r"--neighbour_vectors counts .* and --streaming reads no text before"):
         pretrain(corpus, tmp_path, "--streaming", "true", "--max_steps", "2", "--neighbour_vectors", "0.1")

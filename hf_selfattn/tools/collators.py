@@ -1,6 +1,6 @@
 """Rows of a data set to the tensors of a batch."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -90,6 +90,7 @@ class MaskingCollator:
     mlm_probability: float = 0.15
     seed: int = 0
     pad_to_multiple_of: int = 8
+    _: KW_ONLY
     mask_replace_prob: float = 0.8
     random_replace_prob: float = 0.1
 
