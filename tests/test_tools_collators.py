@@ -96,7 +96,7 @@ def test_a_rate_that_is_none_is_refused(value):
 @pytest.mark.parametrize("shares", [(-0.1, 0.1), (0.8, -0.1), (0.8, 0.3)], ids=str)
 def test_shares_that_are_none_are_refused(shares):
     with pytest.raises(ValueError, match=r"mask_replace_prob and random_replace_prob are shares .* got"):
-        MaskingCollator(tiny_tokenizer(), 0.15, 0, 8, *shares)
+        MaskingCollator(tiny_tokenizer(), 0.15, mask_replace_prob=shares[0], random_replace_prob=shares[1])
 
 
 def test_data_workers_change_nothing():
