@@ -10,12 +10,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
+
 MOST_TOKENS = 30_000_000
 """That many tokens are counted at most."""
 
-logger = logging.get_logger(__name__)
-
-SMOOTHING = 0.75  # power of the contexts' counts, against a bias towards rare ones (Levy et al. 2015, section 3.2)
+SMOOTHING = 0.75
+"""Power of the contexts' counts, against a bias towards rare ones (Levy et al. 2015, section 3.2)."""
 
 WEIGHTING = 0.25
 """Power of a token's share of the text by which its row and its columns count in the factorisation: else rare tokens,
