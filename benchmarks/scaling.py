@@ -23,7 +23,13 @@ from hf_selfattn import SelfAttnConfig
 SIZE = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-OURS = {"intermediate_size": 512, "mlp_type": "plain", "attention_bias": False, "attn_implementation": "selfattn"}
+OURS = {
+    "intermediate_size": 512,
+    "mlp_type": "plain",
+    "hidden_act": "gelu",
+    "attention_bias": False,
+    "attn_implementation": "selfattn",
+}
 
 
 def make_config(name: str, length: int):

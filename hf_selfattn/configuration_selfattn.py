@@ -87,7 +87,8 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
         embedding_norm: whether embeddings are normed.
         mlp_type: "plain" or "gated".
         mlp_bias: whether the feed-forward has biases.
-        hidden_act: the feed-forward's activation, a name in transformers' ACT2FN.
+        hidden_act: the feed-forward's activation, a name in transformers' ACT2FN; gated with "silu" it is SwiGLU,
+            with "gelu" GEGLU.
 
     Dropout (rates from 0 to below 1, in training only):
         attention_dropout: of attention weights.
@@ -161,7 +162,7 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
     embedding_norm: bool = True
     mlp_type: Literal["plain", "gated"] = "gated"
     mlp_bias: bool = False
-    hidden_act: str = "gelu"
+    hidden_act: str = "silu"
 
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
