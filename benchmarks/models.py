@@ -42,7 +42,7 @@ OURS = {
     "attention_bias": False,
     "hidden_act": "gelu",
 }
-"""Options of SelfAttnConfig beside the size, in benchmarks of speed; no biases, and GELU in the gate, as ModernBERT."""
+"""Options of SelfAttnConfig beside the size, in benchmarks of speed; no biases and GELU in the gate, as ModernBERT."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ with pytest.MonkeyPatch.context() as patch:
     import ablations
     import learning_curves
     import learning_tables
+    import overlap
     import tables
     import ten_minutes
 
@@ -328,3 +329,20 @@ def test_averaged_weights_are_the_mean_of_the_steps_that_fell_into_the_share(ste
         average.on_step_end(None, argparse.Namespace(global_step=step), None, model=model)
     average.on_train_end(None, None, None, model=model)
     assert torch.equal(model.weight, torch.full((1, 2), expected))
+
+
+# overlap.py
+
+
+def test_overlap_finds_whole_sentences_whatever_their_case_and_punctuation():
+    sentences = overlap.sentences_of(["The cat sat here.", "The cat sat there!", "A cat.", "Dogs, it's said, bark."])
+    assert len(sentences) == 3  # too short to be looked for: "A cat."
+    texts = ['So "the CAT sat" here; dogs it s said', "bark. The cat sat therefore"]
+    assert set(overlap.found_in(sentences, texts)) == {("the", "cat", "sat", "here")}
+
+
+def test_overlap_counts_passages_of_a_text():
+    words = [f"w{i}" for i in range(20)]
+    passages = overlap.passages_of([" ".join(words)], size=13)
+    assert len(passages) == 8
+    assert set(overlap.found_in(passages, ["x " + " ".join(words[4:18])])) == {tuple(words[4:17]), tuple(words[5:18])}
