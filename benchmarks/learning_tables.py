@@ -9,7 +9,7 @@ from ten_minutes import RESULTS as TEN_MINUTES
 
 from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
 
-STOCK, STOCK_BUDGET = "stock models: ", 4_000_000
+STOCK, STOCK_BUDGET = "stock models: ", 2_000_000
 EVALUATIONS = {"blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
 
 
