@@ -144,6 +144,7 @@ def _mpt(config):
         "norm_eps": config.layer_norm_epsilon,
         "embedding_norm": False,
         "mlp_type": "plain",
+        "hidden_act": "gelu",
     }
 
 
