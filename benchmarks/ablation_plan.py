@@ -8,6 +8,7 @@ import yaml
 
 ROWS = Path("benchmarks/ablations.yaml")
 RESULTS = Path("benchmarks/results/ablations.jsonl")
+BUSY = 3.0  # load above which a run's speed says nothing: more stood beside it than a second run
 
 
 def read_rows(path: Path = ROWS) -> tuple[dict, dict[str, dict]]:
@@ -41,8 +42,12 @@ def differing(some: dict, others: dict) -> str:
 
 
 def pace(results: list[dict]) -> tuple[float, float] | None:
-    """(seconds before the first step, tokens a second from then on): medians, of runs that have both."""
-    measured = [(each["seconds_before"], each["tokens_per_second"]) for each in results if "seconds_before" in each]
+    """(seconds before the first step, tokens a second from then on): medians, of runs that have both, not `BUSY`."""
+    measured = [
+        (each["seconds_before"], each["tokens_per_second"])
+        for each in results
+        if "seconds_before" in each and each.get("load", 0) <= BUSY
+    ]
     if not measured:
         return None
     before, speeds = zip(*measured, strict=True)
@@ -56,7 +61,7 @@ def tokens_in_time(found: list[dict], row: str, tokens: int) -> int:
     if None in paces:
         raise ValueError(
             f"Equal time needs the pace of {row!r} and of the default at {tokens:,} tokens. Run both at equal tokens "
-            "first; results without `seconds_before` do not count: remove their lines."
+            f"first; results without `seconds_before`, or at a load above {BUSY:g}, do not count: remove their lines."
         )
     (before, speed), (before_default, speed_of_default) = paces
     return round((before_default + tokens / speed_of_default - before) * speed)

@@ -110,9 +110,10 @@ def test_equal_time_is_that_of_all_of_the_training(work):
     assert ablation_plan.tokens_in_time(found, "default", 1000) == 1000
 
 
-@pytest.mark.parametrize("missing", ["the row", "the default", "the seconds before"])
+@pytest.mark.parametrize("missing", ["the row", "the default", "the seconds before", "a quiet machine"])
 def test_equal_time_without_a_pace_is_refused_before_any_run(work, monkeypatch, missing):
     row, default = result("rate: slow", before=None if missing == "the seconds before" else 0), result()
+    row |= {"load": 4.0 if missing == "a quiet machine" else 2.0}
     write(ablation_plan.RESULTS, {"the row": [default], "the default": [row]}.get(missing, [row, default]))
     monkeypatch.setattr(ablations, "run", lambda *run: pytest.fail("was run"))
     with pytest.raises(ValueError, match=r"pace of '.*' and of the default at 1,000 tokens\. Run both"):
