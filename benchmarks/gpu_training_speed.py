@@ -62,7 +62,8 @@ def make_config(name: str, size: Size):
         options = {"layer_types": kinds, "local_attention": 2 * RADIUS, "sparse_prediction": True}
         return ModernBertConfig(**common, **tokens, **options, max_position_embeddings=LONGEST)
     patterns = ["full" if x else "sliding_window" for x in everywhere]
-    return SelfAttnConfig(**common, attention_bias=False, attention_pattern=patterns, window_radius=RADIUS)
+    options = {"attention_bias": False, "hidden_act": "gelu", "attention_pattern": patterns, "window_radius": RADIUS}
+    return SelfAttnConfig(**common, **options)
 
 
 def draw_lengths(tokens: int, seed: int) -> list[int]:

@@ -20,6 +20,7 @@ OPTIONS = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "attention_bias": False,
+    "hidden_act": "gelu",
     "causal": True,
     "attention_pattern": "sliding_window",
     "window_radius": 256,

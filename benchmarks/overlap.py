@@ -71,7 +71,7 @@ def main() -> None:
     for name, passages in evaluated.items():
         found = set(found_in(passages, training))
         print(f"{name}: {len(found):,} of {len(passages):,} ({len(found) / len(passages):.2%})")
-        for passage in sorted(found, key=len)[-3:]:
+        for passage in sorted(found, key=lambda words: (len(words), words))[-3:]:
             print(f"    {' '.join(passage)}")
 
 

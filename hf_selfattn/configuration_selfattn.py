@@ -87,8 +87,8 @@ class SelfAttnConfig(MayLackOptions, PreTrainedConfig):
         embedding_norm: whether embeddings are normed.
         mlp_type: "plain" or "gated".
         mlp_bias: whether the feed-forward has biases.
-        hidden_act: the feed-forward's activation, a name in transformers' ACT2FN; gated with "silu" it is SwiGLU,
-            with "gelu" GEGLU.
+        hidden_act: the activation of the feed-forward (gated, "silu" makes SwiGLU and "gelu" GEGLU) and of the heads'
+            dense layer where `head_type` leaves it open; a name in transformers' ACT2FN.
 
     Dropout (rates from 0 to below 1, in training only):
         attention_dropout: of attention weights.

@@ -215,7 +215,7 @@ def test_spread_and_difference():
 
 def test_ablations_table(work, capsys):
     write(ablation_plan.RESULTS, [
-        result(), result(seed=1, loss=4.2), result("rate: slow", loss=4.5, before=0, speed=200),
+        result(), result(seed=1, loss=4.2), result("rate: slow", loss=4.5, before=0, speed=200) | {"load": 3.0},
         result("rate: slow", loss=3.9, equal="time", max_tokens=4000, before=0),
         result("rate: none", seed=7, before=None), result("rate: forgotten"), result("stock models: BERT", budget=50),
     ])  # fmt: skip
@@ -224,6 +224,8 @@ def test_ablations_table(work, capsys):
     assert cells_of(table, "rate: slow") == ["4.500", "+0.500", "25.0%", "1", "4.00", "-0.100"]
     assert cells_of(table, "rate: none") == ["4.000", "", "25.0%", "1", "", ""]  # no seed of the default's, no pace
     assert len(table.splitlines()) == 5
+    write(ablation_plan.RESULTS, [result(), result("rate: slow") | {"load": 3.1}])
+    assert cells_of(learning_tables.ablations(), "rate: slow")[4] == ""  # something else ran beside it
     assert "'rate: forgotten' is in benchmarks/results/ablations.jsonl and no longer in" in capsys.readouterr().out
 
 
