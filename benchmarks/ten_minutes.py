@@ -6,11 +6,11 @@
 
 For each seed the models of benchmarks/ten_minutes.yaml train one after another, each a run of train/pretrain.py;
 nothing else should run on the machine. Ours is train/recipes/cpu-10-minutes.yaml; the stock models have the learning
-rate and the batch that are best for them (the rows "stock models" of ablations.py), logits at masked places alone, and
-full rows. The tokenizer, and a first start of each model, in which torch compiles, come before the clock;
-`tokenizer_seconds` (null: not known) and `before_clock` have their seconds. Models are kept in runs/ten-minutes for
-train/evaluate_models.py, and results are appended to benchmarks/results/ten_minutes.jsonl; what stands there with the
-same options is not run again.
+rate and the batch that are best of those that were tried (the rows "stock models" of ablations.py, and
+docs/results.md), the recipe's masking rate, logits at masked places alone, and full rows. The tokenizer, and a first
+start of each model, in which torch compiles, come before the clock; `tokenizer_seconds` (null: not known) and
+`before_clock` have their seconds. Models are kept in runs/ten-minutes for train/evaluate_models.py, and results are
+appended to benchmarks/results/ten_minutes.jsonl; what stands there with the same options is not run again.
 """
 
 import argparse
