@@ -16,6 +16,7 @@ from hf_selfattn import SelfAttnConfig, SelfAttnModel
 from hf_selfattn.patterns import layer_patterns
 from hf_selfattn.tools.card import CELLS, PICTURED, hash_of_rows, pattern_picture, write_card
 from hf_selfattn.tools.curve import draw_training_curve, points
+from hf_selfattn.tools.pretraining import PretrainingArguments
 from hf_selfattn.tools.sources import SourceArguments
 from hf_selfattn.tools.training import ScriptArguments
 
@@ -118,6 +119,16 @@ def test_the_recipe_is_what_was_changed(tmp_path):
     assert str(tmp_path) not in card.content
     assert "/home" not in card.content
     assert "hf_secret" not in card.content
+
+
+def test_masking_and_activation_are_named_where_they_are_the_defaults_too(tmp_path):
+    card = write(tmp_path, options=[PretrainingArguments(random_replace_prob=0.2)])
+    training = section(card, "Training")
+    assert "| mlm_probability | 0.3 |" in training
+    assert "| mask_replace_prob | 0.8 |" in training
+    assert "| random_replace_prob | 0.2 |" in training
+    assert "| mlp_type | gated |" in section(card, "Model")
+    assert "| hidden_act | silu |" in section(card, "Model")
 
 
 def test_what_it_was_made_with(tmp_path):

@@ -381,6 +381,16 @@ def test_the_dry_run_of_a_recipe_prints_what_stands_at_its_head(recipe, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [([], True), (["--learning_rate", "1e-3"], False), (["--model_name_or_path", tiny_model_folder()], False)],
+    ids=["new", "new with a rate", "trained"],
+)
+def test_a_new_model_with_the_learning_rate_of_trained_ones_is_warned_of(options, warned, tmp_path, caplog):
+    script("pretrain").main([*options, "--output_dir", str(tmp_path / "none"), "--max_steps", "5", "--dry_run"])
+    assert ("--learning_rate is 5e-05, transformers' default, which suits trained models" in caplog.text) == warned
+
+
 def test_a_plan_takes_the_vocabulary_from_a_tokenizer_that_is_here(tmp_path, capsys):
     options = ["--config_overrides", TINY, "--output_dir", str(tmp_path / "none"), "--max_steps", "5", "--dry_run"]
     known = len(AutoTokenizer.from_pretrained(tiny_tokenizer_folder()))

@@ -35,6 +35,7 @@ from hf_selfattn.tools.pretraining import (
     PretrainingScriptArguments,
     PretrainingTrainer,
     check_first_values,
+    warn_of_learning_rate,
 )
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.run_record import write_run_record
@@ -99,6 +100,7 @@ def main(argv=None):
     check_choice(arguments.long_texts)
     check_source_of_model(model_arguments)
     check_first_values(arguments, model_arguments, source)
+    warn_of_learning_rate(training, model_arguments)
     check_rate_end(arguments.mlm_probability_end, training, getattr(source, "streaming", False))
     if source.streaming:
         check_training(training)

@@ -30,9 +30,11 @@ SETTINGS = (
     "gradient_accumulation_steps", "world_size", "max_steps", "num_train_epochs", "bf16", "seed",
 )  # fmt: skip
 
+MASKING = ("mlm_probability", "mask_replace_prob", "random_replace_prob")
+
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "value_head_dim", "intermediate_size", "vocab_size", "max_position_embeddings", "score_function",
-         "attention_pattern", "position_encoding")  # fmt: skip
+         "value_head_dim", "intermediate_size", "mlp_type", "hidden_act", "vocab_size", "max_position_embeddings",
+         "score_function", "attention_pattern", "position_encoding")  # fmt: skip
 
 OF_THIS_MACHINE = re.compile(
     "output_dir|overwrite_|hub_|push_to_hub|resume_|run_name|logging_dir|local_rank|deepspeed|report_to|project|"
@@ -275,6 +277,7 @@ def write_card(
     )
     unused = "num_train_epochs" if arguments.max_steps > 0 else "max_steps"
     settings = [(key, shown(getattr(arguments, key))) for key in SETTINGS if key != unused]
+    settings += [(key, shown(getattr(holder, key))) for holder in options for key in MASKING if hasattr(holder, key)]
     shape = [(key, getattr(config, key)) for key in SHAPE if getattr(config, key, None) is not None]
     embeddings = model.get_input_embeddings().weight.numel()
     parameters = [("parameters", f"{model.num_parameters():,}"), ("of them token embeddings", f"{embeddings:,}")]

@@ -1,5 +1,6 @@
 """The Trainer of pretraining: optimizers, budgets, a masking rate that falls, and a log that tells more."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from .plan import peak_of_training
 from .progress import BudgetProgressCallback, Progress
 from .schedules import CEILING, DECAY_TYPES, budget_of, check_schedule, make_scheduler
 from .training import CheckedTrainer, ScriptArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,7 +35,7 @@ class PretrainingArguments:
         metadata={"help": "Whether training rows are filled with documents; without it: yes, for models that keep "
                           "documents apart."},
     )  # fmt: skip
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens asked for in training."})
+    mlm_probability: float = field(default=0.3, metadata={"help": "Share of tokens asked for in training."})
     mlm_probability_end: float | None = field(
         default=None, metadata={"help": "What it falls to while the learning rate decays; without it, it stays."}
     )
@@ -82,6 +85,16 @@ def check_first_values(arguments, model_arguments, source):
         raise ValueError(
             "--neighbour_vectors counts which tokens stand side by side before the training begins, and --streaming "
             "reads no text before. Leave one of them out, or give --neighbour_vectors 0."
+        )
+
+
+def warn_of_learning_rate(training, model_arguments):
+    """Logs a warning where a new model is trained with the learning rate that transformers has for trained ones."""
+    default = TrainingArguments.__dataclass_fields__["learning_rate"].default
+    if model_arguments.model_name_or_path is None and training.learning_rate == default:
+        logger.warning(
+            f"--learning_rate is {default:g}, transformers' default, which suits trained models; a new one learns "
+            "little with it. Begin with --learning_rate 1e-3 for a small model, 1e-4 for a large one."
         )
 
 
