@@ -215,6 +215,38 @@ def _numbers_of_run(folder):
     return rows
 
 
+def _model_section(model):
+    embeddings = model.get_input_embeddings().weight.numel()
+    parameters = [("parameters", f"{model.num_parameters():,}"), ("of them token embeddings", f"{embeddings:,}")]
+    shape = [(key, getattr(model.config, key)) for key in SHAPE if getattr(model.config, key, None) is not None]
+    return table(("option", "value"), [*parameters, *shape])
+
+
+def _data_section(data, configuration, sizes, hashes):
+    told = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+    rows = [(split, f"`{found}`") for split, found in (hashes or {}).items()]
+    return _paragraphs(
+        f"`{data}`{f', configuration `{configuration}`' if configuration else ''} ({told} rows).",
+        table(("split", "SHA-256 of the rows"), rows) if rows else None,
+    )
+
+
+def _training_section(folder, arguments, options):
+    unused = "num_train_epochs" if arguments.max_steps > 0 else "max_steps"
+    settings = [(key, shown(getattr(arguments, key))) for key in SETTINGS if key != unused]
+    settings += [(key, shown(getattr(holder, key))) for holder in options for key in MASKING if hasattr(holder, key)]
+    recipe = _recipe([*options, arguments])
+    return _paragraphs(
+        table(("setting", "value"), [*settings, *_numbers_of_run(folder)]),
+        f"Options other than the defaults:\n\n```yaml\n{recipe}\n```" if recipe else None,
+    )
+
+
+def _made_with_section(arguments):
+    rows = [("hardware", _hardware(arguments)), ("commit of the code", git_commit() or "not in git")]
+    return table(("what", "which"), [*rows, *versions().items()])
+
+
 def _results(metrics, pipeline_tag, data_name, data_config):
     """Numbers that are finite, as the Hub's model-index has them; numpy's as plain ones, for YAML."""
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
@@ -259,7 +291,6 @@ def write_card(
         limits: what is known of the model's limits, in sentences.
         options: the other dataclasses of the run's options; the card shows what differs from their defaults.
     """
-    config = model.config
     hub_id = getattr(arguments, "hub_model_id", None) or Path(folder).resolve().name
     name = hub_id.split("/")[-1]
     data = _public(data_name)
@@ -269,40 +300,24 @@ def write_card(
         license=license,
         library_name="transformers",
         pipeline_tag=pipeline_tag,
-        tags=["hf-selfattn", config.model_type],
+        tags=["hf-selfattn", model.config.model_type],
         base_model=None if is_local else base_model,
         datasets=[data] if _is_on_hub(data_name) else None,
         model_name=name,
         eval_results=_results(metrics, pipeline_tag, data, data_config),
     )
-    unused = "num_train_epochs" if arguments.max_steps > 0 else "max_steps"
-    settings = [(key, shown(getattr(arguments, key))) for key in SETTINGS if key != unused]
-    settings += [(key, shown(getattr(holder, key))) for holder in options for key in MASKING if hasattr(holder, key)]
-    shape = [(key, getattr(config, key)) for key in SHAPE if getattr(config, key, None) is not None]
-    embeddings = model.get_input_embeddings().weight.numel()
-    parameters = [("parameters", f"{model.num_parameters():,}"), ("of them token embeddings", f"{embeddings:,}")]
-    sizes = ", ".join(f"{size:,} {split}" for split, size in data_sizes.items())
-    hashes = [(split, f"`{found}`") for split, found in (data_hashes or {}).items()]
-    made_with = [("hardware", _hardware(arguments)), ("commit of the code", git_commit() or "not in git"),
-                 *versions().items()]  # fmt: skip
-    recipe, longest = _recipe([*options, arguments]), positions_of(config)
+    longest = positions_of(model.config)
     sections = {
         "How to load it": HOW_TO_LOAD.format(auto_class=FROM_SCRIPT[pipeline_tag], name=hub_id),
-        "Attention": attention_section(config),
-        "Model": table(("option", "value"), [*parameters, *shape]),
-        "Data": _paragraphs(
-            f"`{data}`{f', configuration `{data_config}`' if data_config else ''} ({sizes} rows).",
-            table(("split", "SHA-256 of the rows"), hashes) if hashes else None,
-        ),
+        "Attention": attention_section(model.config),
+        "Model": _model_section(model),
+        "Data": _data_section(data, data_config, data_sizes, data_hashes),
         "Results on the validation data": _paragraphs(
             table(("metric", "value"), [(key, shown(value)) for key, value in metrics.items()]),
             f"![training curve]({curve})" if curve else None,
         ),
-        "Training": _paragraphs(
-            table(("setting", "value"), [*settings, *_numbers_of_run(folder)]),
-            f"Options other than the defaults:\n\n```yaml\n{recipe}\n```" if recipe else None,
-        ),
-        "Made with": table(("what", "which"), made_with),
+        "Training": _training_section(folder, arguments, options),
+        "Made with": _made_with_section(arguments),
         "Limits": _paragraphs(limits, f"It reads at most {longest:,} tokens at a time." if longest else None, LIMITS),
     }
     origin = f"It starts from `{_public(base_model)}`." if base_model else "It starts from random weights."
