@@ -67,7 +67,9 @@ def tokens_in_time(found: list[dict], row: str, tokens: int) -> int:
     return round((before_default + tokens / speed_of_default - before) * speed)
 
 
-def plan(rows: dict, default: dict, seeds: list[int], found: list[dict], equal: str) -> list[tuple[str, int, dict]]:
+def plan(
+    rows: dict, default: dict, seeds: list[int], found: list[dict], equal: str, threads: int = 1
+) -> list[tuple[str, int, dict]]:
     """(row, seed, options) of the runs that are not among the results `found`.
 
     Raises:
@@ -80,7 +82,8 @@ def plan(rows: dict, default: dict, seeds: list[int], found: list[dict], equal: 
             done = [each for each in found if (each["row"], each["seed"], each["equal"], each["budget"]) == asked]
             for result in done:
                 # The budget is the same; at equal time, max_tokens follows the speed that was measured.
-                if differ := differing({**result["options"], "max_tokens": tokens}, options):
+                stored = {"threads": result["threads"], **result["options"], "max_tokens": tokens}
+                if differ := differing(stored, {"threads": threads, **options}):
                     raise ValueError(
                         f"The result of {row!r}, seed {seed}, at {tokens:,} tokens (equal {equal}) has other options "
                         f"than the row has now: {differ}. Remove its line, or pass another --output."

@@ -101,6 +101,7 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
         "seconds_before": seconds_before(log),
         "minutes": log[-1]["minutes"],
         "curve": curve_of(log),
+        "threads": threads,
         "load": os.getloadavg()[0],
         "commit": record.get("commit"),
         "versions": record.get("versions"),
@@ -132,7 +133,9 @@ def main() -> None:
     if arguments.max_tokens:
         default["max_tokens"] = arguments.max_tokens
     equal, failed = "time" if arguments.equal_time else "tokens", []
-    runs = plan(rows, default, arguments.seeds, read_results(arguments.output), equal)
+    runs = plan(rows, default, arguments.seeds, read_results(arguments.output), equal, arguments.threads)
+    if done := len(rows) * len(arguments.seeds) - len(runs):
+        print(f"{done} of the runs stand in {arguments.output}. Pass another --output to run them again.")
     make_tokenizer(default, arguments.data)
     with ThreadPoolExecutor(arguments.workers) as pool:
         started = {pool.submit(run, *each, arguments.data, arguments.threads): each[:2] for each in runs}

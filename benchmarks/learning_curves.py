@@ -59,7 +59,8 @@ def main() -> None:
             f"{RESULTS} has nothing for --language {arguments.language} --minutes {arguments.minutes:g}. Run "
             "benchmarks/ten_minutes.py first."
         )
-    picture = Path(f"docs/ten_minutes_{arguments.language}.png")
+    length = "ten" if arguments.minutes == 10 else f"{arguments.minutes:g}"
+    picture = Path(f"docs/{length}_minutes_{arguments.language}.png")
     draw(found).savefig(picture, dpi=120)
     print(f"written: {picture}")
 

@@ -37,7 +37,7 @@ def relative_speed(results: list[dict], reference: list[dict], tokens: int) -> s
 
 def check_alike(what: str, results: list[dict]) -> None:
     """Raises ValueError where results that a table would average have different options."""
-    found = [{"threads": each.get("threads"), **each["options"], "max_tokens": None} for each in results]
+    found = [{"threads": each["threads"], **each["options"], "max_tokens": None} for each in results]
     for other in found[1:]:
         if differ := differing(found[0], other):
             raise ValueError(f"{what} has results with different options: {differ}. Remove the lines that are old.")

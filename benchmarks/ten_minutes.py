@@ -2,7 +2,7 @@
 
     python benchmarks/ten_minutes.py --data ../shared/data --seeds 0 1 2
     python benchmarks/ten_minutes.py --data ../shared/data --language zh
-    python benchmarks/ten_minutes.py --data ../shared/data --minutes 1 --output /tmp/try.jsonl       # a trial
+    python benchmarks/ten_minutes.py --data ../shared/data --minutes 1 --output runs/try.jsonl       # a trial
 
 For each seed the models of benchmarks/ten_minutes.yaml train one after another, each a run of train/pretrain.py;
 nothing else should run on the machine. Ours is train/recipes/cpu-10-minutes.yaml; the stock models have the learning
@@ -110,7 +110,9 @@ def main() -> None:
             of_model = written["models"][name]
             common = recipe if of_model.get("recipe") else {**written["stock"], **kept}
             options = options_of({**common, **text, **written["all"]}, {**of_model, "recipe": None})
-            if not is_done(name, options, seed, arguments, found):
+            if is_done(name, options, seed, arguments, found):
+                print(f"{name}, seed {seed}: stands in {arguments.output}. Pass another --output to run it again.")
+            else:
                 runs.append((name, options, seed))
     tokenizer_seconds = make_tokenizer(text, arguments.data)
     for name, options, seed in runs:

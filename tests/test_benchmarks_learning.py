@@ -1,6 +1,7 @@
 """What benchmarks/ makes of trainings: which are run, with which budget, and the tables; nothing is trained here."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+
+from hf_selfattn import SelfAttnConfig, SelfAttnForMaskedLM, SelfAttnPreTrainedModel
+from hf_selfattn.tools.pretraining import PretrainingTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +32,7 @@ DEFAULT = {"tokenizer_name": "tokenizer", "train_file": ["DATA/a.parquet"], "tex
            "learning_rate": 2e-3}  # fmt: skip
 GROUPS = {"rate": {"slow": {"learning_rate": 1e-3}, "none": {"learning_rate": None}},
           "stock models": {"BERT": {"config": {"model_type": "bert"}}}}  # fmt: skip
+TINY = SelfAttnConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
 MASKED = {"bits_per_byte": 2.0, "masked_tokens": 10}
 
 
@@ -51,7 +57,7 @@ def result(row="default", seed=0, loss=4.0, equal="tokens", budget=1000, before=
     options = ablation_plan.options_of({**default, "max_tokens": budget}, {**rows.get(row, {}), **changes})
     measured = {} if before is None else {"seconds_before": before}
     return {"row": row, "seed": seed, "options": options, "loss": loss, "accuracy": 0.25, "tokens_per_second": speed,
-            "equal": equal, "budget": budget, **MASKED, **measured}  # fmt: skip
+            "equal": equal, "budget": budget, "threads": 1, **MASKED, **measured}  # fmt: skip
 
 
 def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", **options):
@@ -139,6 +145,12 @@ def test_a_result_with_other_options_does_not_count_as_done(work, equal):
     message = r"'rate: slow', seed 0.* learning_rate: 0\.5 against 0\.001\. Remove its line, or pass another --output"
     with pytest.raises(ValueError, match=message):
         ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0], [done], equal)
+
+
+def test_a_result_of_other_threads_does_not_count_as_done(work):
+    default, rows = ablation_plan.read_rows()
+    with pytest.raises(ValueError, match=r"threads: 1 against 2\. Remove its line"):
+        ablation_plan.plan({"default": rows["default"]}, default, [0], [result()], "tokens", threads=2)
 
 
 @pytest.mark.parametrize(("option", "message"), [("--row", "no such row: 'rat'"), ("--group", "no such group: 'rat'")])
@@ -272,7 +284,7 @@ def test_curves_label_every_model_and_keep_minutes_apart(work, monkeypatch, caps
         start(monkeypatch, learning_curves, "--minutes", minutes)
     labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
     assert labels == [["ours", "BERT"], ["other"]]
-    assert Path("docs/ten_minutes_en.png").stat().st_size > 0
+    assert {path.name for path in Path("docs").glob("*.png")} == {"ten_minutes_en.png", "1_minutes_en.png"}
     with pytest.raises(SystemExit):
         start(monkeypatch, learning_curves, "--minutes", 3)
     assert "nothing for --language en --minutes 3" in capsys.readouterr().err
@@ -332,6 +344,66 @@ def test_averaged_weights_are_the_mean_of_the_steps_that_fell_into_the_share(ste
         average.on_step_end(None, argparse.Namespace(global_step=step), None, model=model)
     average.on_train_end(None, None, None, model=model)
     assert torch.equal(model.weight, torch.full((1, 2), expected))
+
+
+@pytest.fixture
+def stock_models(monkeypatch):
+    """Small BERT and ModernBERT; what a variant changes in their classes is taken back."""
+    for kind in (BertForMaskedLM, ModernBertForMaskedLM):
+        monkeypatch.setattr(kind, "forward", kind.forward)
+    size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 24, "max_position_embeddings": 16}  # fmt: skip
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    modern = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    return BertForMaskedLM(BertConfig(**size, **no_dropout)), ModernBertForMaskedLM(ModernBertConfig(**size, **modern))
+
+
+def test_sparse_predictions_have_the_loss_and_the_gradients_of_dense_ones(stock_models):
+    ids = torch.randint(3, 40, (3, 8))
+    labels = torch.where(torch.rand(3, 8) < 0.4, ids, -100)
+    labels[0, 0] = 5
+    batch, found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}, []
+    for change in (lambda: None, ablation_variants.sparse_predictions):
+        change()
+        for model in stock_models:
+            model.zero_grad()
+            output = model.train()(**batch)
+            output.loss.backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters()]
+            found.append([output.logits is None, output.loss.detach(), *gradients])
+    for dense, sparse in zip(found[:2], found[2:], strict=True):
+        assert (dense[0], sparse[0]) == (False, True)
+        torch.testing.assert_close(sparse[1:], dense[1:])
+    of_two = stock_models[0](**batch, num_items_in_batch=2).loss.item()
+    assert of_two == pytest.approx(found[2][1].item() * (labels != -100).sum().item() / 2)
+
+
+def test_outputs_that_begin_at_zero_leave_the_embeddings_as_they_are(monkeypatch):
+    monkeypatch.setattr(SelfAttnPreTrainedModel, "_init_weights", SelfAttnPreTrainedModel._init_weights)
+    ablation_variants.zero_outputs()
+    for layer in SelfAttnForMaskedLM(TINY).model.layers:
+        assert not layer.attention.o_proj.weight.any()
+        assert not layer.feed_forward.down_proj.weight.any()
+
+
+def test_value_residuals_mix_each_layers_values_with_the_firsts(monkeypatch):
+    monkeypatch.setattr(SelfAttnForMaskedLM, "__init__", SelfAttnForMaskedLM.__init__)
+    ablation_variants.value_residuals()
+    first, second = (layer.attention.v_proj for layer in SelfAttnForMaskedLM(TINY).model.layers)
+    some, other = torch.randn(2, 3, 16)
+    values, own = first(some), torch.nn.functional.linear(other, second.weight, second.bias)
+    torch.testing.assert_close(second(other) * 2, values + own)
+
+
+def test_batches_grow_with_the_share_of_the_training(monkeypatch):
+    monkeypatch.setattr(PretrainingTrainer, "__init__", lambda self: None)
+    monkeypatch.setattr(torch.utils.data.BatchSampler, "__iter__", torch.utils.data.BatchSampler.__iter__)
+    ablation_variants.batch_ramp((1, 2, 4))
+    shares = iter([0.0, 0.2, 0.4, 0.7, 1.0])
+    monkeypatch.setattr(PretrainingTrainer, "progress", argparse.Namespace(share=lambda: next(shares)))
+    PretrainingTrainer()
+    sampler = torch.utils.data.BatchSampler(range(20), batch_size=8, drop_last=False)
+    assert [len(batch) for batch in itertools.islice(sampler, 5)] == [1, 1, 2, 4, 4]
 
 
 # overlap.py

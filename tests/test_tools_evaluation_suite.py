@@ -49,12 +49,13 @@ class Trainings:
 class TestSuite:
     MODELS = (SuiteModel("x", "path/x", "1"), SuiteModel("yy", "path/yy", "2"))
 
-    def run(self, folder, trainings, models=MODELS, seeds=(0, 1, 2)):
+    def run(self, folder, trainings, models=MODELS, seeds=(0, 1, 2), data="rows"):
         tasks = {"a": "text-classification", "b": "question-answering", "cola": "text-classification"}
         suite, results = read_suite([recipes(folder, **tasks)]), Results(folder / "results.jsonl")
         suite["cola"]["metric_for_best_model"] = "matthews_correlation"
         runs = folder / "runs"
-        return run_suite(trainings, lambda recipe: {"majority": 0.4}, suite, models, seeds, results, runs, False)
+        functions = trainings, lambda recipe: {"majority": 0.4}, lambda recipe: data
+        return run_suite(*functions, suite, models, seeds, results, runs, False)
 
     def test_medians_over_seeds(self, tmp_path):
         trainings = Trainings()
@@ -96,6 +97,18 @@ class TestSuite:
         self.run(tmp_path, again, (self.MODELS[0], self.MODELS[1]._replace(identity="3")), seeds=[0])
         assert [r["model_name_or_path"] for r in again.recipes] == ["path/yy"] * 3
 
+    def test_a_task_whose_data_changed_is_trained_again(self, tmp_path):
+        self.run(tmp_path, Trainings(), seeds=[0])
+        again = Trainings()
+        self.run(tmp_path, again, seeds=[0], data="other rows")
+        assert len(again.recipes) == 6
+
+    def test_fresh_weights_of_a_name_on_the_hub_have_a_recipe_of_their_own(self, tmp_path):
+        name = tiny_model_folder()
+        models = [SuiteModel("x", name, "commit"), SuiteModel("x from scratch", name, "commit", from_scratch=True)]
+        self.run(tmp_path, Trainings(), models, seeds=[0])
+        assert len(list((tmp_path / "runs").glob("a-commit*-seed-0.yaml"))) == 2
+
     def test_fresh_weights_differ_by_seed(self, tmp_path):
         starts = []
 
@@ -109,7 +122,8 @@ class TestSuite:
         model = SuiteModel("x", tiny_model_folder(), "1", from_scratch=True)
         for folder in ("once", "twice"):
             results = Results(tmp_path / folder / "results.jsonl")
-            run_suite(finetune, lambda recipe: {}, suite, [model], [0, 1], results, tmp_path / folder, False)
+            functions = finetune, lambda recipe: {}, lambda recipe: "rows"
+            run_suite(*functions, suite, [model], [0, 1], results, tmp_path / folder, False)
         trained = AutoModelForMaskedLM.from_pretrained(tiny_model_folder()).get_input_embeddings().weight
         assert torch.equal(starts[0], starts[2])
         assert torch.equal(starts[1], starts[3])
@@ -182,7 +196,7 @@ class TestSuite:
         trainings, suite = Trainings(), read_suite([recipes(tmp_path, a="text-classification")])
         results = Results(tmp_path / "results.jsonl")
         with pytest.raises(FileNotFoundError, match="a-baselines"):
-            run_suite(trainings, baselines, suite, self.MODELS, [0], results, tmp_path / "runs", False)
+            run_suite(trainings, baselines, str, suite, self.MODELS, [0], results, tmp_path / "runs", False)
         assert not trainings.recipes
 
 

@@ -179,6 +179,14 @@ def test_a_model_that_cannot_be_opened_is_said_before_another_is_measured(
     assert not measured
 
 
+def test_what_is_said_of_all_models_reaches_the_suite(evaluate):
+    options = {"model_name_or_path": ["x"], "output_dir": "out", "suite_overrides": "learning_rate=1e-4"}
+    arguments = evaluate.EvaluationArguments(**options, attn_implementation="eager", trust_remote_code=True)
+    recipe = evaluate.read_suite([evaluate.RECIPES], ["sst2"], overrides=arguments.overrides_of_suite)["sst2"]
+    changed = {"learning_rate": 1e-4, "attn_implementation": "eager", "trust_remote_code": True}
+    assert changed.items() <= recipe.items()
+
+
 def test_the_recipes_of_the_suite(evaluate):
     chinese = Path(evaluate.RECIPES).with_name("suite_zh")
     suite = evaluate.read_suite([evaluate.RECIPES])

@@ -80,6 +80,7 @@ def without_training(arguments, data, results):
     for name in arguments.model_name_or_path:
         check_source_of_model(model_arguments(name, arguments))
         about = {"model": name, "identity": identity_of_model(name, trust_remote_code=arguments.trust_remote_code)}
+        about |= {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
         keys[name] = {
             measure: {"part": measure, **about, "data": hashes[part], "dtype": arguments.dtype, **options}
             for measure, (_, part, _, options) in measures.items()
@@ -131,14 +132,23 @@ def open_for(name, arguments):
     return model.to(device), tokenizer
 
 
-def baselines_of(recipe):
-    """{name: score} on the task of a finished recipe file."""
+def data_of(recipe):
+    """(options of the task, DatasetDict, where it is from, seed) of a finished recipe file."""
     source, _, options, training = parse_arguments(
         [SourceArguments, ModelArguments, TaskArguments, FinetuningArguments], [recipe]
     )
-    splits = load_source(source, training.seed)
+    return options, load_source(source, training.seed), source, training.seed
+
+
+def hash_of_data(recipe):
+    return {split: hash_of_rows(rows) for split, rows in data_of(recipe)[1].items()}
+
+
+def baselines_of(recipe):
+    """{name: score} on the task of a finished recipe file."""
+    options, splits, source, seed = data_of(recipe)
     task = make_task(options, splits)
-    splits = sampled(splits, source, training.seed)
+    splits = sampled(splits, source, seed)
     metric = metric_of(read_recipe(recipe))
     return suite_baselines(task, splits["train"], splits["validation"], metric)
 
@@ -152,7 +162,8 @@ def fine_tuning(arguments, suite, results):
         models.append(SuiteModel(f"{names[0]} from scratch", names[0], fresh, from_scratch=True))
     seeds = range(arguments.seed, arguments.seed + arguments.num_seeds)
     folder = Path(arguments.output_dir, "suite")
-    return run_suite(finetune, baselines_of, suite, models, seeds, results, folder, not arguments.disable_tqdm)
+    show = not arguments.disable_tqdm
+    return run_suite(finetune, baselines_of, hash_of_data, suite, models, seeds, results, folder, show)
 
 
 def main(argv=None):
@@ -165,12 +176,8 @@ def main(argv=None):
         data["blimp"] = first_of_each_paradigm(load_blimp(arguments.blimp), arguments.max_pairs_per_paradigm)
     suite = {}
     if "suite" in arguments.parts:
-        overrides = ",".join(
-            filter(None, [arguments.suite_overrides, "trust_remote_code=True" * arguments.trust_remote_code])
-        )
-        suite = read_suite(
-            arguments.suite_recipes or [RECIPES], arguments.suite_tasks, arguments.suite_data, overrides
-        )
+        recipes = arguments.suite_recipes or [RECIPES]
+        suite = read_suite(recipes, arguments.suite_tasks, arguments.suite_data, arguments.overrides_of_suite)
     folder = Path(arguments.output_dir)
     results = Results(folder / "results.jsonl")
     scores = without_training(arguments, data, results)

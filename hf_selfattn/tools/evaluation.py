@@ -68,6 +68,13 @@ class EvaluationArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with a model."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
+    @property
+    def overrides_of_suite(self):
+        """`suite_overrides`, and what is said of all models."""
+        kernel, code = self.attn_implementation, self.trust_remote_code
+        changes = (self.suite_overrides, kernel and f"attn_implementation={kernel}", code and "trust_remote_code=True")
+        return ",".join(filter(None, changes))
+
 
 def open_masked_lm(arguments):
     """(model in evaluation mode and in fp32, tokenizer) of `ModelArguments`.

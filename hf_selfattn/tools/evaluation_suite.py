@@ -1,8 +1,8 @@
 """Fine-tuning on a suite of tasks: each model, task and seed once, medians over the seeds, baselines beside them.
 
 A task is a recipe of finetune.py in a folder, named by its file. The model at the end of the training is judged on the
-validation data, and no epoch is chosen by them. Every model gets the same recipe and, by seed, the same examples in
-the same order.
+validation data; none of a run's epochs is chosen by them. Every model gets the same recipe and, by seed, the same
+examples in the same order.
 """
 
 import shutil
@@ -132,7 +132,7 @@ def fresh_weights(model, seed, folder, **code):
     return str(path)
 
 
-def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=True):
+def run_suite(finetune, baselines, hash_of_data, suite, models, seeds, results, folder, show=True):
     """Fine-tunes every model on every task with every seed, and writes each result as soon as it is there.
 
     Baselines come first, because they read all data: what is not there or does not fit is said before a model is
@@ -141,10 +141,12 @@ def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=T
     Args:
         finetune: the script's `main([recipe file])`, which returns the scores of the validation data.
         baselines: function of a recipe file that returns {name: score}.
+        hash_of_data: function of a recipe file that returns what changes with its examples.
         suite: of `read_suite`.
         models: list of SuiteModel.
         results: evaluation_results.Results; what is in it is not done again.
-        folder: where recipes of the runs are written (`finetune.py RECIPE` repeats one); models are deleted.
+        folder: where recipes of the runs are written (`finetune.py RECIPE` repeats one of a model that is kept); the
+            fine-tuned models and fresh weights are deleted.
 
     Returns:
         {task: {"metric", "models": {label: {"values", "median", "lowest", "highest"}}, "baselines"}}, scores from 0
@@ -153,16 +155,17 @@ def run_suite(finetune, baselines, suite, models, seeds, results, folder, show=T
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = {task: {"metric": metric_of(recipe), "models": defaultdict(list)} for task, recipe in suite.items()}
+    about = {}
     for task, scores in found.items():
-        key = {"part": "baselines", "task": task, "recipe": suite[task]}
+        recipe = _write_recipe(folder / f"{task}-baselines.yaml", suite[task])
+        about[task] = {"task": task, "recipe": suite[task], "data": hash_of_data(recipe)}
+        key = {"part": "baselines", **about[task]}
         if key not in results:
-            results[key] = baselines(_write_recipe(folder / f"{task}-baselines.yaml", suite[task]))
+            results[key] = baselines(recipe)
         scores["baselines"] = results[key]
     runs = [(seed, task, model) for seed in seeds for task in suite for model in models]
     for seed, task, model in tqdm(runs, desc="fine-tuning", unit=" runs", disable=not show):
-        key = {"part": "suite", "task": task, "seed": seed, "model": model.label, "identity": model.identity,
-               "recipe": suite[task]}  # fmt: skip
-
+        key = {"part": "suite", **about[task], "seed": seed, "model": model.label, "identity": model.identity}
         if key not in results:
             scores = _fine_tuned(finetune, suite[task], task, model, seed, folder)
             results[key] = {name: value for name, value in scores.items() if isinstance(value, int | float)}
@@ -188,7 +191,8 @@ def _write_recipe(path, recipe):
 def _fine_tuned(finetune, recipe, task, model, seed, folder):
     code = {"trust_remote_code": recipe.get("trust_remote_code", False)}
     start = fresh_weights(model, seed, folder, **code) if model.from_scratch else model.path
-    output = folder / f"{task}-{model.identity[:8]}-seed-{seed}"
+    kind = "-from-scratch" if model.from_scratch else ""
+    output = folder / f"{task}-{model.identity[:8]}{kind}-seed-{seed}"
     own = {"model_name_or_path": start, "seed": seed, "output_dir": str(output), "overwrite_output_dir": True}
     try:
         return finetune([_write_recipe(folder / f"{output.name}.yaml", {**recipe, **own})])
