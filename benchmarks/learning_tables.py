@@ -1,6 +1,7 @@
 """The tables of docs/recipes.md and docs/results.md: what models learned."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ten_minutes import RESULTS as TEN_MINUTES
 from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
 
 STOCK, STOCK_BUDGET = "stock models: ", 2_000_000
-EVALUATIONS = {"blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
+EVALUATIONS = {"masked_en": "masked_lm", "blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
 
 
 def spread(values: list[float]) -> str:
@@ -122,22 +123,38 @@ def shortened(of_models: dict) -> dict:
     return names
 
 
+def masked_by_kind(of_models: dict) -> str:
+    """Masked tokens and words, the mean over the seeds of each kind of model (`ten_minutes.py` names the folders)."""
+    kinds = {}
+    for name, scores in of_models.items():
+        kinds.setdefault(re.sub(r"^[a-z]{2}-(.+)-\d+$", r"\1", name), []).append(scores)
+    lines = ["| | nats a masked token | right | bits per byte of masked words | seeds |", "|---|---:|---:|---:|---:|"]
+    for kind, scores in kinds.items():
+        nats = [each["masked_tokens"]["loss"] for each in scores]
+        bits = [each["masked_words"]["bits_per_byte"] for each in scores]
+        right = statistics.mean(each["masked_tokens"]["accuracy"] for each in scores)
+        kind = f"**{kind}**" if kind == "ours" else kind
+        lines.append(f"| {kind} | {spread(nats)} | {right:.1%} | {spread(bits)} | {len(scores)} |")
+    return "\n".join(lines)
+
+
 def table_of(name: str, evaluation: dict) -> str:
-    """BLiMP or the suite, from what train/evaluate_models.py wrote to evaluation.json.
+    """Masked tokens, BLiMP or the suite, from what train/evaluate_models.py wrote to evaluation.json.
 
     Raises:
         ValueError: that part was not evaluated; two models have the same short name.
     """
-    if name.startswith("blimp"):
-        part = {model: scores for model, scores in evaluation["models"].items() if "blimp" in scores}
+    measure = {"masked": "masked_tokens", "blimp": "blimp"}.get(name.split("_")[0])
+    if measure:
+        part = {model: scores for model, scores in evaluation["models"].items() if measure in scores}
     else:
         part = evaluation["suite"]
     if not part:
         raise ValueError(
             f"{name} needs {EVALUATIONS[name]}. Run train/evaluate_models.py with that among its --parts."
         )
-    if name.startswith("blimp"):
-        return blimp_table(shortened(part))
+    if measure:
+        return {"masked_tokens": masked_by_kind, "blimp": blimp_table}[measure](shortened(part))
     return suite_table({task: {**found, "models": shortened(found["models"])} for task, found in part.items()})
 
 

@@ -314,9 +314,20 @@ def test_take_keeps_an_evaluation_and_writes_its_table(work, monkeypatch):
     assert "| mine from scratch |" in page
 
 
-@pytest.mark.parametrize("name", ["blimp_en", "suite_en"])
+def test_masked_tokens_are_means_over_the_seeds_of_a_model():
+    def scores(value):
+        part = {"loss": value, "accuracy": value / 10, "bits_per_byte": value / 2}
+        return {"masked_tokens": part, "masked_words": part}
+
+    found = {"models": {"runs/en-ours-0": scores(4.0), "runs/en-ours-1": scores(3.0), "x/en-BERT-2": scores(7.0)}}
+    table = learning_tables.table_of("masked_en", found)
+    assert cells_of(table, "**ours**") == ["3.500 ± 0.500", "35.0%", "1.750 ± 0.250", "2"]
+    assert cells_of(table, "BERT") == ["7.000", "70.0%", "3.500", "1"]
+
+
+@pytest.mark.parametrize("name", ["masked_en", "blimp_en", "suite_en"])
 def test_take_refuses_an_evaluation_without_the_tables_part(work, name):
-    found = {**evaluation("mine"), "models": {"mine": {"masked_tokens": {}}}, "suite": {}}
+    found = {**evaluation("mine"), "models": {"mine": {}}, "suite": {}}
     Path("evaluation.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=rf"{name} needs .* with that among its --parts"):
         learning_tables.take(Path("evaluation.json"), name)
@@ -332,7 +343,7 @@ def test_take_refuses_two_models_of_the_same_short_name(work):
 def test_take_refuses_an_unknown_table(work, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         start(monkeypatch, tables, "--take", "evaluation.json", "blimp_fr")
-    assert "no table 'blimp_fr'. There are blimp_en, suite_en, suite_zh" in capsys.readouterr().err
+    assert "no table 'blimp_fr'. There are masked_en, blimp_en, suite_en, suite_zh" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("steps", "expected"), [([10, 20], 15.0), ([9], 9.0)], ids=["two", "none"])
