@@ -8,7 +8,6 @@ import yaml
 
 ROWS = Path("benchmarks/ablations.yaml")
 RESULTS = Path("benchmarks/results/ablations.jsonl")
-BUSY = 3.0  # load above which a run's speed says nothing: more stood beside it than a second run
 
 
 def read_rows(path: Path = ROWS) -> tuple[dict, dict[str, dict]]:
@@ -41,36 +40,35 @@ def differing(some: dict, others: dict) -> str:
     return ", ".join(f"{name}: {some.get(name)} against {others.get(name)}" for name in names)
 
 
-def pace(results: list[dict]) -> tuple[float, float] | None:
-    """(seconds before the first step, tokens a second from then on): medians, of runs that have both, not `BUSY`."""
-    measured = [
-        (each["seconds_before"], each["tokens_per_second"])
-        for each in results
-        if "seconds_before" in each and each.get("load", 0) <= BUSY
-    ]
-    if not measured:
-        return None
-    before, speeds = zip(*measured, strict=True)
-    return statistics.median(before), statistics.median(speeds)
+def seconds_of(side: dict, tokens: int) -> float:
+    """What that many tokens take, with the seconds before the first step."""
+    return side["seconds_before"] + tokens / side["tokens_per_second"]
+
+
+def relative_speed(pairs: list[dict], tokens: int) -> float | None:
+    """How much sooner than the default a row is through with that many tokens, the median of its paces."""
+    ratios = [seconds_of(pair["default"], tokens) / seconds_of(pair, tokens) for pair in pairs]
+    return statistics.median(ratios) if ratios else None
 
 
 def tokens_in_time(found: list[dict], row: str, tokens: int) -> int:
-    """What the row trains on in the seconds that the default needs for `tokens`."""
-    alike = [result for result in found if (result["equal"], result["budget"]) == ("tokens", tokens)]
-    paces = [pace([result for result in alike if result["row"] == name]) for name in (row, "default")]
-    if None in paces:
-        raise ValueError(
-            f"Equal time needs the pace of {row!r} and of the default at {tokens:,} tokens. Run both at equal tokens "
-            f"first; results without `seconds_before`, or at a load above {BUSY:g}, do not count: remove their lines."
-        )
-    (before, speed), (before_default, speed_of_default) = paces
-    return round((before_default + tokens / speed_of_default - before) * speed)
+    """What the row trains on in the seconds that the default needs for `tokens`, the median of its paces."""
+    if row == "default":
+        return tokens
+    pairs = [result for result in found if (result["row"], result["equal"]) == (row, "pace")]
+    if not pairs:
+        raise ValueError(f"Equal time needs the pace of {row!r} beside the default's. Run it with --pace first.")
+    seconds = [(seconds_of(pair["default"], tokens) - pair["seconds_before"], pair) for pair in pairs]
+    return round(statistics.median(left * pair["tokens_per_second"] for left, pair in seconds))
 
 
 def plan(
     rows: dict, default: dict, seeds: list[int], found: list[dict], equal: str, threads: int = 1
 ) -> list[tuple[str, int, dict]]:
     """(row, seed, options) of the runs that are not among the results `found`.
+
+    Args:
+        equal: what the rows share, "tokens" or "time"; "pace": nothing, their speed is measured.
 
     Raises:
         ValueError: a result has other options than the row; equal time needs a pace that is not there.
@@ -79,7 +77,7 @@ def plan(
     for seed in seeds:
         for row, changes in rows.items():
             options, asked = options_of(default, changes), (row, seed, equal, tokens)
-            done = [each for each in found if (each["row"], each["seed"], each["equal"], each["budget"]) == asked]
+            done = [each for each in found if tuple(each[key] for key in ("row", "seed", "equal", "budget")) == asked]
             for result in done:
                 # The budget is the same; at equal time, max_tokens follows the speed that was measured.
                 stored = {"threads": result["threads"], **result["options"], "max_tokens": tokens}

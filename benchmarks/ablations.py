@@ -2,18 +2,20 @@
 
     python benchmarks/ablations.py --data ../shared/data --group positions --seeds 0
     python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --seeds 0 1 2
+    python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --pace
     python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --equal_time
 
 benchmarks/ablations.yaml has the rows. Each is one run of train/pretrain.py on one thread, which this prints before it
 starts it; --data is a folder with the data sets that the rows name. All train on the default's number of tokens, or,
-with --equal_time, on as many as fit into the default's time: its seconds, less those of the row's neighbour vectors,
-at the row's speed, the medians of runs at equal tokens. Results are appended to benchmarks/results/ablations.jsonl as
-they come, and what stands there is not run again, so that a table may grow over days; with other options than the row
-has now it is refused. `benchmarks/tables.py` makes the tables of docs/recipes.md from it. The tokenizer that the rows
-name is trained on their text first, where it is not there.
+with --equal_time, on as many as fit into the default's time. How fast a row is --pace measures first: some steps of it
+and of the default side by side, so that both have the same machine at the same time. Results are appended to
+benchmarks/results/ablations.jsonl as they come, and what stands there is not run again, so that a table may grow over
+days; with other options than the row has now it is refused. `benchmarks/tables.py` makes the tables of docs/recipes.md
+from it. The tokenizer that the rows name is trained on their text first, where it is not there.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -28,9 +30,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import yaml
-from ablation_plan import RESULTS, ROWS, plan, read_results, read_rows
+from ablation_plan import RESULTS, ROWS, options_of, plan, read_results, read_rows, relative_speed
 
 RECIPE = Path("train/recipes/cpu-10-minutes.yaml")
+PACE = ("tokens_per_second", "seconds_before", "threads", "load", "commit", "versions")
+PACE_STEPS = 80
 
 
 def command_of(options: dict, data: Path, seed: int, output: str) -> list[str]:
@@ -108,6 +112,16 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
     }
 
 
+def run_beside_the_default(row: str, seed: int, options: dict, default: dict, data: Path, threads: int) -> dict:
+    """The pace of a row, with the default's (`default`) at the same time."""
+    few = {"max_tokens": None, "max_steps": PACE_STEPS, "max_eval_samples": 10, "logging_steps": 10}
+    with ThreadPoolExecutor(2) as pool:
+        sides = [pool.submit(run, name, seed, options_of(each, few), data, threads)
+                 for name, each in ((row, options), ("default", default))]  # fmt: skip
+    found, beside = ({key: side.result()[key] for key in PACE} for side in sides)
+    return {"row": row, "seed": seed, "options": options, **found, "default": beside}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
@@ -115,7 +129,9 @@ def main() -> None:
     parser.add_argument("--group", nargs="+", default=[], help="all rows of these groups")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_tokens", type=int, help="instead of the default's")
-    parser.add_argument("--equal_time", action="store_true", help="tokens by the speed that was measured")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--pace", action="store_true", help="measure speeds alone, each row beside the default")
+    how.add_argument("--equal_time", action="store_true", help="tokens by the speed that --pace measured")
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on --threads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=Path, default=ROWS, help="another file of rows")
@@ -132,13 +148,18 @@ def main() -> None:
                 if row in arguments.row or row.split(":")[0] in arguments.group}  # fmt: skip
     if arguments.max_tokens:
         default["max_tokens"] = arguments.max_tokens
-    equal, failed = "time" if arguments.equal_time else "tokens", []
+    equal, failed = "time" if arguments.equal_time else "pace" if arguments.pace else "tokens", []
     runs = plan(rows, default, arguments.seeds, read_results(arguments.output), equal, arguments.threads)
     if done := len(rows) * len(arguments.seeds) - len(runs):
         print(f"{done} of the runs stand in {arguments.output}. Pass another --output to run them again.")
     make_tokenizer(default, arguments.data)
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        started = {pool.submit(run, *each, arguments.data, arguments.threads): each[:2] for each in runs}
+    start = functools.partial(run, data=arguments.data, threads=arguments.threads)
+    if arguments.pace:
+        start = functools.partial(
+            run_beside_the_default, default=options_of(default, {}), data=arguments.data, threads=arguments.threads
+        )
+    with ThreadPoolExecutor(1 if arguments.pace else arguments.workers) as pool:
+        started = {pool.submit(start, *each): each[:2] for each in runs}
         for future in as_completed(started):
             row, seed = started[future]
             if error := future.exception():
@@ -148,7 +169,11 @@ def main() -> None:
             result = {**future.result(), "equal": equal, "budget": default["max_tokens"]}
             with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-            print(f"{row}, seed {seed}: {result['loss']:.3f} nats, {result['accuracy']:.1%}", flush=True)
+            if arguments.pace:
+                told = f"{relative_speed([result], default['max_tokens']):.2f} times the default's speed"
+            else:
+                told = f"{result['loss']:.3f} nats, {result['accuracy']:.1%}"
+            print(f"{row}, seed {seed}: {told}", flush=True)
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{(spent.ru_utime + spent.ru_stime) / 60:.1f} minutes of processor time")
     if failed:

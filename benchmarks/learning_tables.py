@@ -5,7 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from ablation_plan import RESULTS, ROWS, differing, pace, read_results, read_rows
+from ablation_plan import RESULTS, ROWS, differing, read_results, read_rows, relative_speed
 from ten_minutes import RESULTS as TEN_MINUTES
 
 from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
@@ -27,13 +27,10 @@ def difference(results: list[dict], reference: list[dict]) -> str:
     return f"{statistics.mean(losses[seed] - others[seed] for seed in seeds):+.3f}" if seeds else ""
 
 
-def relative_speed(results: list[dict], reference: list[dict], tokens: int) -> str:
-    """How much sooner they are through with that many tokens; empty where that was not measured."""
-    paces = pace(results), pace(reference)
-    if None in paces:
-        return ""
-    seconds, others = (before + tokens / speed for before, speed in paces)
-    return f"{others / seconds:.2f}"
+def speed(pairs: list[dict], tokens: int) -> str:
+    """Empty where it was not measured."""
+    found = relative_speed(pairs, tokens)
+    return "" if found is None else f"{found:.2f}"
 
 
 def check_alike(what: str, results: list[dict]) -> None:
@@ -45,16 +42,16 @@ def check_alike(what: str, results: list[dict]) -> None:
 
 
 def results_by_row(budget: int, path: Path, rows: Path) -> dict[str, dict[str, list[dict]]]:
-    """{row: {"tokens": results, "time": results}} at this budget, for all rows that there are."""
-    found = {row: {"tokens": [], "time": []} for row in read_rows(rows)[1]}
-    results = [result for result in read_results(path) if result["budget"] == budget]
+    """{row: {"tokens": results, "time": results, "pace": paces}} for all rows; paces hold for any budget."""
+    found = {row: {"tokens": [], "time": [], "pace": []} for row in read_rows(rows)[1]}
+    results = [result for result in read_results(path) if result["equal"] == "pace" or result["budget"] == budget]
     for row in dict.fromkeys(result["row"] for result in results if result["row"] not in found):
         print(f"{row!r} is in {path} and no longer in {rows}: left out.")
     for result in results:
         if result["row"] in found:
             found[result["row"]][result["equal"]].append(result)
     for row, kinds in found.items():
-        check_alike(f"{path}: {row!r}", kinds["tokens"] + kinds["time"])
+        check_alike(f"{path}: {row!r}", kinds["tokens"] + kinds["time"] + kinds["pace"])
     return found
 
 
@@ -77,22 +74,19 @@ def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:
         if results := kinds["tokens"]:
             nats, *others = cells(results)
             less = "" if row == "default" else difference(results, reference)
-            speed, timed = relative_speed(results, reference, budget), difference(kinds["time"], reference)
-            lines.append("| " + " | ".join([row, nats, less, *others, speed, timed]) + " |")
+            timed = difference(kinds["time"], reference)
+            lines.append("| " + " | ".join([row, nats, less, *others, speed(kinds["pace"], budget), timed]) + " |")
     return "\n".join(lines)
 
 
 def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
-    """The stock models at a larger budget; their speed is over the default's, at its own budget where not at this."""
+    """The stock models at a larger budget; their speed is over the default's."""
     found = results_by_row(STOCK_BUDGET, path, rows)
-    reference = found["default"]["tokens"]
-    if not reference:
-        reference = results_by_row(read_rows(rows)[0]["max_tokens"], path, rows)["default"]["tokens"]
     lines = ["| | nats | accuracy | seeds | speed |", "|---|---:|---:|---:|---:|"]
     for row, kinds in found.items():
         if row.startswith(STOCK) and kinds["tokens"]:
-            speed = relative_speed(kinds["tokens"], reference, STOCK_BUDGET)
-            lines.append("| " + " | ".join([row.removeprefix(STOCK), *cells(kinds["tokens"]), speed]) + " |")
+            told = [row.removeprefix(STOCK), *cells(kinds["tokens"]), speed(kinds["pace"], STOCK_BUDGET)]
+            lines.append("| " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 

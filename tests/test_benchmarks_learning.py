@@ -60,6 +60,12 @@ def result(row="default", seed=0, loss=4.0, equal="tokens", budget=1000, before=
             "equal": equal, "budget": budget, "threads": 1, **MASKED, **measured}  # fmt: skip
 
 
+def pair(row, before=0.0, speed=200.0, **changes):
+    """The pace of a row beside that of the default, 10 seconds and 100 tokens a second."""
+    sides = {"default": {"seconds_before": 10.0, "tokens_per_second": 100.0}}
+    return result(row, equal="pace", before=before, speed=speed, **changes) | sides
+
+
 def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", **options):
     curve = {"columns": ["loss", "tokens", "minutes"], "rows": [[5.0, 10, 0.5], [4.0, 20, 1.0]]}
     return {"language": language, "model": model, "seed": seed, "minutes": minutes, "threads": 2, "options": options,
@@ -109,21 +115,34 @@ def test_seconds_before_the_first_step_are_those_that_the_first_entry_does_not_e
 
 
 def test_equal_time_is_that_of_all_of_the_training(work):
-    found = [result(speed=90), result(seed=1, speed=100), result(seed=2, speed=900, before=11),
-             result("rate: slow", before=0, speed=200), result("rate: slow", budget=50, speed=1)]  # fmt: skip
-    # The default: 10 seconds before and 1000 tokens at 100 a second. The row: 20 seconds at 200.
+    # The default: 10 seconds before and 1000 tokens at 100 a second. The row: 20 seconds at 200; the others around it.
+    found = [result(), pair("rate: slow", speed=200), pair("rate: slow", speed=190), pair("rate: slow", speed=250)]
     assert ablation_plan.tokens_in_time(found, "rate: slow", 1000) == 4000
     assert ablation_plan.tokens_in_time(found, "default", 1000) == 1000
 
 
-@pytest.mark.parametrize("missing", ["the row", "the default", "the seconds before", "a quiet machine"])
-def test_equal_time_without_a_pace_is_refused_before_any_run(work, monkeypatch, missing):
-    row, default = result("rate: slow", before=None if missing == "the seconds before" else 0), result()
-    row |= {"load": 4.0 if missing == "a quiet machine" else 2.0}
-    write(ablation_plan.RESULTS, {"the row": [default], "the default": [row]}.get(missing, [row, default]))
-    monkeypatch.setattr(ablations, "run", lambda *run: pytest.fail("was run"))
-    with pytest.raises(ValueError, match=r"pace of '.*' and of the default at 1,000 tokens\. Run both"):
-        start(monkeypatch, ablations, "--data", work, "--row", "default", "rate: slow", "--equal_time", "--seeds", 0)
+def test_equal_time_without_a_pace_is_refused_before_any_run(work, monkeypatch):
+    write(ablation_plan.RESULTS, [result(), result("rate: slow"), pair("rate: none")])
+    monkeypatch.setattr(ablations, "run", lambda *run, **options: pytest.fail("was run"))
+    with pytest.raises(ValueError, match=r"pace of 'rate: slow' beside the default's\. Run it with --pace first"):
+        start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--equal_time")
+
+
+def test_pace_is_that_of_a_few_steps_beside_the_default(work, monkeypatch, capsys):
+    def run(row, seed, options, data, threads):
+        assert "max_tokens" not in options
+        assert options["max_steps"] == ablations.PACE_STEPS
+        speed = 50.0 if row == "default" else 100.0 * threads
+        told = {"tokens_per_second": speed, "seconds_before": 0.0, "threads": threads}
+        return {**told, "load": 2.0, "commit": "abc", "versions": {}, "loss": 9.0}
+
+    monkeypatch.setattr(ablations, "run", run)
+    for _ in range(2):
+        start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--pace")
+    assert "rate: slow, seed 0: 2.00 times the default's speed" in capsys.readouterr().out
+    (kept,) = ablation_plan.read_results()
+    assert (kept["row"], kept["equal"], kept["options"]["learning_rate"]) == ("rate: slow", "pace", 1e-3)
+    assert ablation_plan.tokens_in_time([kept], "rate: slow", 1000) == 2000
 
 
 def test_what_is_done_is_not_run_again(work):
@@ -132,6 +151,7 @@ def test_what_is_done_is_not_run_again(work):
     chosen = {row: rows[row] for row in ("default", "rate: slow")}
     assert [run[:2] for run in ablation_plan.plan(chosen, default, [0, 1], found, "tokens")] == [
         ("default", 1), ("rate: slow", 1)]  # fmt: skip
+    found.append(pair("rate: slow", before=10.0, speed=100.0))
     timed = ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0, 1], found, "time")
     assert [(run[:2], run[2]["max_tokens"]) for run in timed] == [(("rate: slow", 0), 1000)]
 
@@ -155,7 +175,7 @@ def test_a_result_of_other_threads_does_not_count_as_done(work):
 
 @pytest.mark.parametrize(("option", "message"), [("--row", "no such row: 'rat'"), ("--group", "no such group: 'rat'")])
 def test_unknown_rows_and_groups_are_refused(work, monkeypatch, capsys, option, message):
-    monkeypatch.setattr(ablations, "run", lambda *run: pytest.fail("was run"))
+    monkeypatch.setattr(ablations, "run", lambda *run, **options: pytest.fail("was run"))
     with pytest.raises(SystemExit):
         start(monkeypatch, ablations, "--data", work, option, "rat")
     assert message in capsys.readouterr().err
@@ -227,17 +247,15 @@ def test_spread_and_difference():
 
 def test_ablations_table(work, capsys):
     write(ablation_plan.RESULTS, [
-        result(), result(seed=1, loss=4.2), result("rate: slow", loss=4.5, before=0, speed=200) | {"load": 3.0},
-        result("rate: slow", loss=3.9, equal="time", max_tokens=4000, before=0),
+        result(), result(seed=1, loss=4.2), result("rate: slow", loss=4.5), pair("rate: slow"),
+        result("rate: slow", loss=3.9, equal="time", max_tokens=4000),
         result("rate: none", seed=7, before=None), result("rate: forgotten"), result("stock models: BERT", budget=50),
     ])  # fmt: skip
     table = learning_tables.ablations()
-    assert cells_of(table, "default") == ["4.100 ± 0.100", "", "25.0%", "2", "1.00", ""]
+    assert cells_of(table, "default") == ["4.100 ± 0.100", "", "25.0%", "2", "", ""]
     assert cells_of(table, "rate: slow") == ["4.500", "+0.500", "25.0%", "1", "4.00", "-0.100"]
     assert cells_of(table, "rate: none") == ["4.000", "", "25.0%", "1", "", ""]  # no seed of the default's, no pace
     assert len(table.splitlines()) == 5
-    write(ablation_plan.RESULTS, [result(), result("rate: slow") | {"load": 3.1}])
-    assert cells_of(learning_tables.ablations(), "rate: slow")[4] == ""  # something else ran beside it
     assert "'rate: forgotten' is in benchmarks/results/ablations.jsonl and no longer in" in capsys.readouterr().out
 
 
@@ -248,13 +266,11 @@ def test_ablations_table_without_the_default(work):
 
 def test_stock_search_has_the_stock_models_at_their_budget(work):
     budget = learning_tables.STOCK_BUDGET
-    found = [result("stock models: BERT", budget=budget, before=0, speed=50), result("rate: slow", budget=budget)]
+    found = [result("stock models: BERT", budget=budget), result("rate: slow", budget=budget), result()]
     write(ablation_plan.RESULTS, found)
     assert cells_of(learning_tables.stock_search(), "BERT") == ["4.000", "25.0%", "1", ""]
-    write(ablation_plan.RESULTS, [*found, result(before=0, speed=100)])
+    write(ablation_plan.RESULTS, [*found, pair("stock models: BERT", before=10.0, speed=50.0)])
     assert cells_of(learning_tables.stock_search(), "BERT")[-1] == "0.50"
-    write(ablation_plan.RESULTS, [*found, result(before=0), result(budget=budget, before=0, speed=25)])
-    assert cells_of(learning_tables.stock_search(), "BERT")[-1] == "2.00"
     assert len(learning_tables.stock_search().splitlines()) == 3
 
 
