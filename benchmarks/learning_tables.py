@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from ablation_plan import RESULTS, ROWS, differing, read_results, read_rows, relative_speed
+from overlap import RESULTS as OVERLAP
 from ten_minutes import RESULTS as TEN_MINUTES
 
 from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
@@ -129,6 +130,16 @@ def masked_by_kind(of_models: dict) -> str:
         right = statistics.mean(each["masked_tokens"]["accuracy"] for each in scores)
         kind = f"**{kind}**" if kind == "ours" else kind
         lines.append(f"| {kind} | {spread(nats)} | {right:.1%} | {spread(bits)} | {len(scores)} |")
+    return "\n".join(lines)
+
+
+def overlap() -> str:
+    """What stands in the pretraining text, too, by data set."""
+    lines = ["| | looked for | found | |", "|---|---:|---:|---:|"]
+    for row in json.loads(OVERLAP.read_text(encoding="utf-8")):
+        where = f"{row['data']}, {row['split']}: {', '.join(row['columns'])}"
+        share = row["found"] / max(row["looked_for"], 1)
+        lines.append(f"| {where} | {row['looked_for']:,} {row['kind']} | {row['found']:,} | {share:.1%} |")
     return "\n".join(lines)
 
 

@@ -1,12 +1,14 @@
 """How much of what the models are evaluated on stands in the text that they are pretrained on.
 
-    python benchmarks/overlap.py --data ../shared/data
+    python benchmarks/overlap.py --data ../shared/data --output runs/overlap.json
+    python benchmarks/overlap.py --data ../shared/data                # writes benchmarks/results/overlap.json
 
-Words are compared without case and punctuation. Sentences of BLiMP and CoLA are looked for whole; the validation text
-in passages of 13 words, as Brown et al. 2020 (arXiv:2005.14165, appendix C) did.
+Words are compared without case and punctuation; a Chinese character is a word. Sentences are looked for whole; long
+texts in passages of 13 words, as Brown et al. 2020 (arXiv:2005.14165, appendix C) did.
 """
 
 import argparse
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,35 @@ from datasets import load_dataset
 
 BEGINNING = 4  # words by which a passage is looked up; shorter ones are not looked for
 PASSAGE = 13  # words
-WORD = re.compile(r"\w+")
+SHOWN = 20  # words of an example
+WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
+RESULTS = Path("benchmarks/results/overlap.json")
+
+PRETRAINING = {"en": ("en_wikipedia", "en_wikinews"), "zh": ("zh_wikipedia",)}
+SENTENCES = {  # data set, split, columns
+    "en": (
+        ("blimp", "test", "sentence_good"),
+        ("blimp", "test", "sentence_bad"),
+        ("cola", "train", "sentence"),
+        ("cola", "validation", "sentence"),
+        ("sst2", "validation", "sentence"),
+        ("mrpc", "validation", "sentence1", "sentence2"),
+        ("rte", "validation", "premise", "hypothesis"),
+        ("stsb", "validation", "sentence1", "sentence2"),
+        ("ud_english_ewt", "validation", "text"),
+        ("squad", "validation", "question"),
+    ),
+    "zh": (("zh_weibo_ner", "validation", "tokens"), ("zh_waimai", "validation", "text")),
+}
+PASSAGES = {
+    "en": (
+        ("en_wikipedia", "validation", "text"),
+        ("en_wikipedia", "test", "text"),
+        ("squad", "validation", "context"),
+        ("rte", "validation", "premise"),
+    ),
+    "zh": (("zh_wikipedia", "validation", "text"), ("zh_csl_category", "validation", "text")),
+}
 
 
 def words_of(text: str) -> tuple[str, ...]:
@@ -50,29 +80,51 @@ def found_in(passages: set[tuple[str, ...]], texts: Iterable[str]) -> Iterator[t
                     yield passage
 
 
-def column(data: Path, name: str, split: str, *columns: str) -> list[str]:
+def read(data: Path, name: str, split: str, *columns: str) -> list[str]:
+    """The texts of some columns of a data set; lists of words are joined."""
     files = {split: str(data / name / f"{split}.parquet")}
     table = load_dataset("parquet", data_files=files, split=split, columns=list(columns))
-    return [text for each in columns for text in table[each]]
+    texts = [text for each in columns for text in table[each]]
+    return [text if isinstance(text, str) else " ".join(text) for text in texts]
+
+
+def compare(data: Path, language: str) -> Iterator[dict]:
+    training = [text for name in PRETRAINING[language] for text in read(data, name, "train", "text")]
+    for kinds, split_up, kind in ((SENTENCES, sentences_of, "sentences"), (PASSAGES, passages_of, "passages")):
+        for name, split, *columns in kinds[language]:
+            looked_for = split_up(read(data, name, split, *columns))
+            found = set(found_in(looked_for, training))
+            longest_first = sorted(found, key=lambda words: (-len(words), words))
+            yield {
+                "language": language,
+                "data": name,
+                "split": split,
+                "columns": columns,
+                "kind": kind,
+                "looked_for": len(looked_for),
+                "found": len(found),
+                "examples": [" ".join(words[:SHOWN]) for words in longest_first[:3]],
+            }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    data = parser.parse_args().data
-    training = [text for name in ("en_wikipedia", "en_wikinews") for text in column(data, name, "train", "text")]
-    evaluated = {
-        "BLiMP, good sentences": sentences_of(column(data, "blimp", "test", "sentence_good")),
-        "BLiMP, bad sentences": sentences_of(column(data, "blimp", "test", "sentence_bad")),
-        "CoLA, training": sentences_of(column(data, "cola", "train", "sentence")),
-        "CoLA, validation": sentences_of(column(data, "cola", "validation", "sentence")),
-        f"en_wikipedia, validation ({PASSAGE} words)": passages_of(column(data, "en_wikipedia", "validation", "text")),
-    }
-    for name, passages in evaluated.items():
-        found = set(found_in(passages, training))
-        print(f"{name}: {len(found):,} of {len(passages):,} ({len(found) / len(passages):.2%})")
-        for passage in sorted(found, key=lambda words: (len(words), words))[-3:]:
-            print(f"    {' '.join(passage)}")
+    parser.add_argument("--languages", nargs="+", choices=PRETRAINING, default=list(PRETRAINING))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    results = []
+    for language in arguments.languages:
+        for result in compare(arguments.data, language):
+            results.append(result)
+            share = result["found"] / max(result["looked_for"], 1)
+            where = f"{result['data']}, {result['split']}, {', '.join(result['columns'])}"
+            told = f"{result['found']:,} of {result['looked_for']:,} {result['kind']} ({share:.2%})"
+            print(f"{where}: {told}", flush=True)
+            for text in result["examples"]:
+                print(f"    {text}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

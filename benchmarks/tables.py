@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from learning_tables import EVALUATIONS, ablations, evaluated, stock_search, take, ten_minutes
+from learning_tables import EVALUATIONS, ablations, evaluated, overlap, stock_search, take, ten_minutes
 
 RESULTS = Path("benchmarks/results")
 PAGES = (*map(Path, ("docs/performance.md", "docs/recipes.md", "docs/results.md")), Path("README.md"))
@@ -111,6 +111,7 @@ TABLES = {
     "scaling": scaling,
     "ablations": ablations,
     "stock_search": stock_search,
+    "overlap": overlap,
     "ten_minutes_en": lambda: ten_minutes("en"),
     "ten_minutes_zh": lambda: ten_minutes("zh"),
     **{name: functools.partial(evaluated, name) for name in EVALUATIONS},

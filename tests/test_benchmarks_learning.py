@@ -443,6 +443,10 @@ def test_overlap_finds_whole_sentences_whatever_their_case_and_punctuation():
     assert set(overlap.found_in(sentences, texts)) == {("the", "cat", "sat", "here")}
 
 
+def test_overlap_takes_chinese_characters_for_words():
+    assert overlap.words_of("Die Stadt 北京, heute.") == ("die", "stadt", "北", "京", "heute")
+
+
 def test_overlap_counts_passages_of_a_text():
     words = [f"w{i}" for i in range(20)]
     passages = overlap.passages_of([" ".join(words)], size=13)
