@@ -1,7 +1,6 @@
-"""Which runs of ablations.py there are, which of them are done, and how long each may take."""
+"""Which runs of ablations.py there are, and which of them are done."""
 
 import json
-import statistics
 from pathlib import Path
 
 import yaml
@@ -40,53 +39,30 @@ def differing(some: dict, others: dict) -> str:
     return ", ".join(f"{name}: {some.get(name)} against {others.get(name)}" for name in names)
 
 
-def seconds_of(side: dict, tokens: int) -> float:
-    """What that many tokens take, with the seconds before the first step."""
-    return side["seconds_before"] + tokens / side["tokens_per_second"]
-
-
-def relative_speed(pairs: list[dict], tokens: int) -> float | None:
-    """How much sooner than the default a row is through with that many tokens, the median of its paces."""
-    ratios = [seconds_of(pair["default"], tokens) / seconds_of(pair, tokens) for pair in pairs]
-    return statistics.median(ratios) if ratios else None
-
-
-def tokens_in_time(found: list[dict], row: str, tokens: int) -> int:
-    """What the row trains on in the seconds that the default needs for `tokens`, the median of its paces."""
-    if row == "default":
-        return tokens
-    pairs = [result for result in found if (result["row"], result["equal"]) == (row, "pace")]
-    if not pairs:
-        raise ValueError(f"Equal time needs the pace of {row!r} beside the default's. Run it with --pace first.")
-    seconds = [(seconds_of(pair["default"], tokens) - pair["seconds_before"], pair) for pair in pairs]
-    return round(statistics.median(left * pair["tokens_per_second"] for left, pair in seconds))
-
-
 def plan(
-    rows: dict, default: dict, seeds: list[int], found: list[dict], equal: str, threads: int = 1
+    rows: dict, default: dict, seeds: list[int], found: list[dict], minutes: float | None = None, threads: int = 1
 ) -> list[tuple[str, int, dict]]:
     """(row, seed, options) of the runs that are not among the results `found`.
 
     Args:
-        equal: what the rows share, "tokens" or "time"; "pace": nothing, their speed is measured.
+        minutes: of training for each run; None: as many tokens as the default has.
 
     Raises:
-        ValueError: a result has other options than the row; equal time needs a pace that is not there.
+        ValueError: a result has other options than the row.
     """
-    runs, tokens = [], default["max_tokens"]
+    equal, budget = ("time", minutes) if minutes else ("tokens", default["max_tokens"])
+    default, runs = options_of(default, {"max_tokens": None, "max_minutes": minutes} if minutes else {}), []
     for seed in seeds:
         for row, changes in rows.items():
-            options, asked = options_of(default, changes), (row, seed, equal, tokens)
+            options, asked = options_of(default, changes), (row, seed, equal, budget)
             done = [each for each in found if tuple(each[key] for key in ("row", "seed", "equal", "budget")) == asked]
             for result in done:
-                # The budget is the same; at equal time, max_tokens follows the speed that was measured.
-                stored = {"threads": result["threads"], **result["options"], "max_tokens": tokens}
+                stored = {"threads": result["threads"], **result["options"]}
                 if differ := differing(stored, {"threads": threads, **options}):
                     raise ValueError(
-                        f"The result of {row!r}, seed {seed}, at {tokens:,} tokens (equal {equal}) has other options "
-                        f"than the row has now: {differ}. Remove its line, or pass another --output."
+                        f"The result of {row!r}, seed {seed}, has other options than the row has now: {differ}. "
+                        "Remove its line, or pass another --output."
                     )
             if not done:
-                timed = {"max_tokens": tokens_in_time(found, row, tokens)} if equal == "time" else {}
-                runs.append((row, seed, {**options, **timed}))
+                runs.append((row, seed, options))
     return runs

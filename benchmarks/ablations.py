@@ -2,13 +2,12 @@
 
     python benchmarks/ablations.py --data ../shared/data --group positions --seeds 0
     python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --seeds 0 1 2
-    python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --pace
     python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --equal_time
 
 benchmarks/ablations.yaml has the rows. Each is one run of train/pretrain.py on one thread, which this prints before it
-starts it; --data is a folder with the data sets that the rows name. All train on the default's number of tokens, or,
-with --equal_time, on as many as fit into the default's time. How fast a row is --pace measures first: some steps of it
-and of the default side by side, so that both have the same machine at the same time. Results are appended to
+starts it; --data is a folder with the data sets that the rows name. All train on the default's number of tokens. With
+--equal_time a row and the default train side by side, each on its own --threads, for the same minutes, so that both
+have the same machine at the same hour; torch compiles before. Results are appended to
 benchmarks/results/ablations.jsonl as they come, and what stands there is not run again, so that a table may grow over
 days; with other options than the row has now it is refused. `benchmarks/tables.py` makes the tables of docs/recipes.md
 from it. The tokenizer that the rows name is trained on their text first, where it is not there.
@@ -30,11 +29,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import yaml
-from ablation_plan import RESULTS, ROWS, options_of, plan, read_results, read_rows, relative_speed
+from ablation_plan import RESULTS, ROWS, options_of, plan, read_results, read_rows
 
 RECIPE = Path("train/recipes/cpu-10-minutes.yaml")
-PACE = ("tokens_per_second", "seconds_before", "threads", "load", "commit", "versions")
-PACE_STEPS = 80
+MINUTES = 3.5  # of --equal_time: about what the default's million tokens take
 
 
 def command_of(options: dict, data: Path, seed: int, output: str) -> list[str]:
@@ -76,12 +74,6 @@ def curve_of(log: list[dict], points: int = 40) -> list[list]:
     return [[part[-1][0], round(sum(loss for _, loss in part) / len(part), 4)] for part in parts]
 
 
-def seconds_before(log: list[dict]) -> float:
-    """Those that count as training and are not the steps of the first entry: the neighbour vectors'."""
-    first = log[0]
-    return round(max(0.0, first["minutes"] * 60 - first["tokens"] / first["tokens_per_second"]), 1)
-
-
 def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
     """The numbers of one training."""
     with tempfile.TemporaryDirectory() as folder:
@@ -102,8 +94,8 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
         "options": options,
         **{name: scores[f"eval_{name}"] for name in names},
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in log),
-        "seconds_before": seconds_before(log),
         "minutes": log[-1]["minutes"],
+        "tokens": log[-1]["tokens"],
         "curve": curve_of(log),
         "threads": threads,
         "load": os.getloadavg()[0],
@@ -113,13 +105,14 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
 
 
 def run_beside_the_default(row: str, seed: int, options: dict, default: dict, data: Path, threads: int) -> dict:
-    """The pace of a row, with the default's (`default`) at the same time."""
-    few = {"max_tokens": None, "max_steps": PACE_STEPS, "max_eval_samples": 10, "logging_steps": 10}
-    with ThreadPoolExecutor(2) as pool:
-        sides = [pool.submit(run, name, seed, options_of(each, few), data, threads)
-                 for name, each in ((row, options), ("default", default))]  # fmt: skip
-    found, beside = ({key: side.result()[key] for key in PACE} for side in sides)
-    return {"row": row, "seed": seed, "options": options, **found, "default": beside}
+    """The numbers of a row, with those of the default (`default`: its options) that trained at the same time."""
+    sides, few = ((row, options), ("default", default)), {"max_train_samples": 2000, "max_eval_samples": 50}
+    for name, each in sides:
+        trial = options_of(each, {**few, "max_minutes": None, "max_steps": 3, "logging_steps": 1})
+        run(name, seed, trial, data, threads)
+    with ThreadPoolExecutor(len(sides)) as pool:
+        found, beside = pool.map(lambda side: run(side[0], seed, side[1], data, threads), sides)
+    return {**found, "default": {key: value for key, value in beside.items() if key not in ("row", "seed")}}
 
 
 def main() -> None:
@@ -128,10 +121,10 @@ def main() -> None:
     parser.add_argument("--row", nargs="+", default=[], help='as "group: row"; all where --group is not given either')
     parser.add_argument("--group", nargs="+", default=[], help="all rows of these groups")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--max_tokens", type=int, help="instead of the default's")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--pace", action="store_true", help="measure speeds alone, each row beside the default")
-    how.add_argument("--equal_time", action="store_true", help="tokens by the speed that --pace measured")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--max_tokens", type=int, help="instead of the default's")
+    minutes = f"minutes, beside the default, instead of tokens (without a number: {MINUTES:g})"
+    budget.add_argument("--equal_time", type=float, nargs="?", const=MINUTES, metavar="MINUTES", help=minutes)
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on --threads")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=Path, default=ROWS, help="another file of rows")
@@ -148,17 +141,18 @@ def main() -> None:
                 if row in arguments.row or row.split(":")[0] in arguments.group}  # fmt: skip
     if arguments.max_tokens:
         default["max_tokens"] = arguments.max_tokens
-    equal, failed = "time" if arguments.equal_time else "pace" if arguments.pace else "tokens", []
-    runs = plan(rows, default, arguments.seeds, read_results(arguments.output), equal, arguments.threads)
+    minutes, failed, found = arguments.equal_time, [], read_results(arguments.output)
+    runs = plan(rows, default, arguments.seeds, found, minutes, arguments.threads)
     if done := len(rows) * len(arguments.seeds) - len(runs):
         print(f"{done} of the runs stand in {arguments.output}. Pass another --output to run them again.")
     make_tokenizer(default, arguments.data)
     start = functools.partial(run, data=arguments.data, threads=arguments.threads)
-    if arguments.pace:
+    if minutes:
+        beside = options_of(default, {"max_tokens": None, "max_minutes": minutes})
         start = functools.partial(
-            run_beside_the_default, default=options_of(default, {}), data=arguments.data, threads=arguments.threads
+            run_beside_the_default, default=beside, data=arguments.data, threads=arguments.threads
         )
-    with ThreadPoolExecutor(1 if arguments.pace else arguments.workers) as pool:
+    with ThreadPoolExecutor(arguments.workers) as pool:
         started = {pool.submit(start, *each): each[:2] for each in runs}
         for future in as_completed(started):
             row, seed = started[future]
@@ -166,14 +160,11 @@ def main() -> None:
                 failed.append(f"{row!r}, seed {seed}")
                 print(f"{failed[-1]} failed: {''.join(traceback.format_exception_only(error))}", flush=True)
                 continue
-            result = {**future.result(), "equal": equal, "budget": default["max_tokens"]}
+            equal, budget = ("time", minutes) if minutes else ("tokens", default["max_tokens"])
+            result = {**future.result(), "equal": equal, "budget": budget}
             with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-            if arguments.pace:
-                told = f"{relative_speed([result], default['max_tokens']):.2f} times the default's speed"
-            else:
-                told = f"{result['loss']:.3f} nats, {result['accuracy']:.1%}"
-            print(f"{row}, seed {seed}: {told}", flush=True)
+            print(f"{row}, seed {seed}: {result['loss']:.3f} nats, {result['accuracy']:.1%}", flush=True)
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{(spent.ru_utime + spent.ru_stime) / 60:.1f} minutes of processor time")
     if failed:

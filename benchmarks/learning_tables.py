@@ -5,7 +5,8 @@ import re
 import statistics
 from pathlib import Path
 
-from ablation_plan import RESULTS, ROWS, differing, read_results, read_rows, relative_speed
+from ablation_plan import RESULTS, ROWS, differing, read_results, read_rows
+from ablations import MINUTES
 from overlap import RESULTS as OVERLAP
 from ten_minutes import RESULTS as TEN_MINUTES
 
@@ -28,31 +29,35 @@ def difference(results: list[dict], reference: list[dict]) -> str:
     return f"{statistics.mean(losses[seed] - others[seed] for seed in seeds):+.3f}" if seeds else ""
 
 
-def speed(pairs: list[dict], tokens: int) -> str:
-    """Empty where it was not measured."""
-    found = relative_speed(pairs, tokens)
-    return "" if found is None else f"{found:.2f}"
+def at_equal_time(pairs: list[dict]) -> tuple[str, str]:
+    """Tokens over the default's beside it, and the difference of the losses, means over the pairs; empty without."""
+    if not pairs:
+        return "", ""
+    tokens = statistics.mean(pair["tokens"] / pair["default"]["tokens"] for pair in pairs)
+    less = statistics.mean(pair["loss"] - pair["default"]["loss"] for pair in pairs)
+    return f"{tokens:.2f}", f"{less:+.3f}"
 
 
 def check_alike(what: str, results: list[dict]) -> None:
     """Raises ValueError where results that a table would average have different options."""
-    found = [{"threads": each["threads"], **each["options"], "max_tokens": None} for each in results]
+    found = [{"threads": each["threads"], **each["options"]} for each in results]
     for other in found[1:]:
         if differ := differing(found[0], other):
             raise ValueError(f"{what} has results with different options: {differ}. Remove the lines that are old.")
 
 
-def results_by_row(budget: int, path: Path, rows: Path) -> dict[str, dict[str, list[dict]]]:
-    """{row: {"tokens": results, "time": results, "pace": paces}} for all rows; paces hold for any budget."""
-    found = {row: {"tokens": [], "time": [], "pace": []} for row in read_rows(rows)[1]}
-    results = [result for result in read_results(path) if result["equal"] == "pace" or result["budget"] == budget]
+def results_by_row(path: Path, rows: Path, **budget: float) -> dict[str, list[dict]]:
+    """{row: results} of all rows with `tokens` or `time` (minutes) for each."""
+    ((equal, amount),) = budget.items()
+    found = {row: [] for row in read_rows(rows)[1]}
+    results = [result for result in read_results(path) if (result["equal"], result["budget"]) == (equal, amount)]
     for row in dict.fromkeys(result["row"] for result in results if result["row"] not in found):
         print(f"{row!r} is in {path} and no longer in {rows}: left out.")
     for result in results:
         if result["row"] in found:
-            found[result["row"]][result["equal"]].append(result)
-    for row, kinds in found.items():
-        check_alike(f"{path}: {row!r}", kinds["tokens"] + kinds["time"] + kinds["pace"])
+            found[result["row"]].append(result)
+    for row, results in found.items():
+        check_alike(f"{path}: {row!r}", results)
     return found
 
 
@@ -64,30 +69,28 @@ def cells(results: list[dict]) -> tuple[str, str, str]:
 
 def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:
     """Every row that was run at the default's budget, against the default, at equal tokens and at equal time."""
-    budget = read_rows(rows)[0]["max_tokens"]
-    found = results_by_row(budget, path, rows)
-    reference = found["default"]["tokens"]
+    found = results_by_row(path, rows, tokens=read_rows(rows)[0]["max_tokens"])
+    timed = results_by_row(path, rows, time=MINUTES)
+    reference = found["default"]
     lines = [
-        "| | nats | against the default | accuracy | seeds | speed | at equal time |",
+        "| | nats | against the default | accuracy | seeds | at equal time: tokens | against the default |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row, kinds in found.items():
-        if results := kinds["tokens"]:
+    for row, results in found.items():
+        if results:
             nats, *others = cells(results)
             less = "" if row == "default" else difference(results, reference)
-            timed = difference(kinds["time"], reference)
-            lines.append("| " + " | ".join([row, nats, less, *others, speed(kinds["pace"], budget), timed]) + " |")
+            lines.append("| " + " | ".join([row, nats, less, *others, *at_equal_time(timed[row])]) + " |")
     return "\n".join(lines)
 
 
 def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
-    """The stock models at a larger budget; their speed is over the default's."""
-    found = results_by_row(STOCK_BUDGET, path, rows)
-    lines = ["| | nats | accuracy | seeds | speed |", "|---|---:|---:|---:|---:|"]
-    for row, kinds in found.items():
-        if row.startswith(STOCK) and kinds["tokens"]:
-            told = [row.removeprefix(STOCK), *cells(kinds["tokens"]), speed(kinds["pace"], STOCK_BUDGET)]
-            lines.append("| " + " | ".join(told) + " |")
+    """The stock models at a larger budget."""
+    found = results_by_row(path, rows, tokens=STOCK_BUDGET)
+    lines = ["| | nats | accuracy | seeds |", "|---|---:|---:|---:|"]
+    for row, results in found.items():
+        if row.startswith(STOCK) and results:
+            lines.append("| " + " | ".join([row.removeprefix(STOCK), *cells(results)]) + " |")
     return "\n".join(lines)
 
 

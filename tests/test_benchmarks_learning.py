@@ -52,18 +52,18 @@ def start(monkeypatch, module, *arguments):
     module.main()
 
 
-def result(row="default", seed=0, loss=4.0, equal="tokens", budget=1000, before=10.0, speed=100.0, **changes):
+def result(row="default", seed=0, loss=4.0, equal="tokens", budget=1000, **changes):
     default, rows = ablation_plan.read_rows()
-    options = ablation_plan.options_of({**default, "max_tokens": budget}, {**rows.get(row, {}), **changes})
-    measured = {} if before is None else {"seconds_before": before}
-    return {"row": row, "seed": seed, "options": options, "loss": loss, "accuracy": 0.25, "tokens_per_second": speed,
-            "equal": equal, "budget": budget, "threads": 1, **MASKED, **measured}  # fmt: skip
+    shared = {"max_tokens": budget} if equal == "tokens" else {"max_tokens": None, "max_minutes": budget}
+    options = ablation_plan.options_of({**default, **shared}, {**rows.get(row, {}), **changes})
+    return {"row": row, "seed": seed, "options": options, "loss": loss, "accuracy": 0.25, "tokens": 1000,
+            "equal": equal, "budget": budget, "threads": 1, **MASKED}  # fmt: skip
 
 
-def pair(row, before=0.0, speed=200.0, **changes):
-    """The pace of a row beside that of the default, 10 seconds and 100 tokens a second."""
-    sides = {"default": {"seconds_before": 10.0, "tokens_per_second": 100.0}}
-    return result(row, equal="pace", before=before, speed=speed, **changes) | sides
+def pair(row, seed=0, loss=4.0, tokens=2000, minutes=ablations.MINUTES, **changes):
+    """A row at equal time, beside a default with a loss of 4.1 and 1000 tokens."""
+    beside = {"default": {"loss": 4.1, "tokens": 1000}, "tokens": tokens}
+    return result(row, seed, loss, "time", minutes, **changes) | beside
 
 
 def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", **options):
@@ -109,68 +109,53 @@ def test_curve_has_means_of_as_many_entries_each():
     assert ablations.curve_of(log) == [[10 * n, float(n)] for n in range(1, 6)]
 
 
-def test_seconds_before_the_first_step_are_those_that_the_first_entry_does_not_explain():
-    assert ablations.seconds_before([{"minutes": 1.0, "tokens": 4000, "tokens_per_second": 100.0}]) == 20
-    assert ablations.seconds_before([{"minutes": 0.666, "tokens": 4000, "tokens_per_second": 100.0}]) == 0
+def test_equal_time_is_that_of_the_default_beside_it(work, monkeypatch, capsys):
+    started = []
 
-
-def test_equal_time_is_that_of_all_of_the_training(work):
-    # The default: 10 seconds before and 1000 tokens at 100 a second. The row: 20 seconds at 200; the others around it.
-    found = [result(), pair("rate: slow", speed=200), pair("rate: slow", speed=190), pair("rate: slow", speed=250)]
-    assert ablation_plan.tokens_in_time(found, "rate: slow", 1000) == 4000
-    assert ablation_plan.tokens_in_time(found, "default", 1000) == 1000
-
-
-def test_equal_time_without_a_pace_is_refused_before_any_run(work, monkeypatch):
-    write(ablation_plan.RESULTS, [result(), result("rate: slow"), pair("rate: none")])
-    monkeypatch.setattr(ablations, "run", lambda *run, **options: pytest.fail("was run"))
-    with pytest.raises(ValueError, match=r"pace of 'rate: slow' beside the default's\. Run it with --pace first"):
-        start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--equal_time")
-
-
-def test_pace_is_that_of_a_few_steps_beside_the_default(work, monkeypatch, capsys):
     def run(row, seed, options, data, threads):
-        assert "max_tokens" not in options
-        assert options["max_steps"] == ablations.PACE_STEPS
-        speed = 50.0 if row == "default" else 100.0 * threads
-        told = {"tokens_per_second": speed, "seconds_before": 0.0, "threads": threads}
-        return {**told, "load": 2.0, "commit": "abc", "versions": {}, "loss": 9.0}
+        started.append((row, options.get("max_minutes"), options.get("max_steps"), "max_tokens" in options))
+        return {"row": row, "seed": seed, "options": options, "threads": threads, "tokens": 5,
+                "loss": 4.0 if row == "default" else 3.5, "accuracy": 0.25}  # fmt: skip
 
     monkeypatch.setattr(ablations, "run", run)
     for _ in range(2):
-        start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--pace")
-    assert "rate: slow, seed 0: 2.00 times the default's speed" in capsys.readouterr().out
+        start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--equal_time", "2")
+    assert "rate: slow, seed 0: 3.500 nats" in capsys.readouterr().out
+    assert started[:2] == [("rate: slow", None, 3, False), ("default", None, 3, False)]  # in which torch compiles
+    assert sorted(started[2:]) == [("default", 2, None, False), ("rate: slow", 2, None, False)]
     (kept,) = ablation_plan.read_results()
-    assert (kept["row"], kept["equal"], kept["options"]["learning_rate"]) == ("rate: slow", "pace", 1e-3)
-    assert ablation_plan.tokens_in_time([kept], "rate: slow", 1000) == 2000
+    assert (kept["equal"], kept["budget"], kept["loss"], kept["default"]["loss"]) == ("time", 2, 3.5, 4.0)
+    assert kept["options"]["learning_rate"] == 1e-3
+    assert kept["default"]["options"]["learning_rate"] == 2e-3
 
 
 def test_what_is_done_is_not_run_again(work):
     default, rows = ablation_plan.read_rows()
-    found = [result(), result("rate: slow"), result(seed=1, budget=50), result("rate: slow", 1, equal="time")]
+    found = [result(), result("rate: slow"), result(seed=1, budget=50), pair("rate: slow", 1)]
     chosen = {row: rows[row] for row in ("default", "rate: slow")}
-    assert [run[:2] for run in ablation_plan.plan(chosen, default, [0, 1], found, "tokens")] == [
+    assert [run[:2] for run in ablation_plan.plan(chosen, default, [0, 1], found)] == [
         ("default", 1), ("rate: slow", 1)]  # fmt: skip
-    found.append(pair("rate: slow", before=10.0, speed=100.0))
-    timed = ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0, 1], found, "time")
-    assert [(run[:2], run[2]["max_tokens"]) for run in timed] == [(("rate: slow", 0), 1000)]
+    chosen.pop("default")
+    timed = ablation_plan.plan(chosen, default, [0, 1], found, ablations.MINUTES)
+    assert [run[:2] for run in timed] == [("rate: slow", 0)]
+    assert [run[:2] for run in ablation_plan.plan(chosen, default, [1], found, 7.0)] == [("rate: slow", 1)]
 
 
-@pytest.mark.parametrize("equal", ["tokens", "time"])
-def test_a_result_with_other_options_does_not_count_as_done(work, equal):
+@pytest.mark.parametrize(("done", "minutes"), [(result, None), (pair, ablations.MINUTES)])
+def test_a_result_with_other_options_does_not_count_as_done(work, done, minutes):
     default, rows = ablation_plan.read_rows()
-    done = result("rate: slow", equal=equal, max_tokens=1000 if equal == "tokens" else 1234)
-    assert ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0], [done], equal) == []
+    chosen, done = {"rate: slow": rows["rate: slow"]}, done("rate: slow")
+    assert ablation_plan.plan(chosen, default, [0], [done], minutes) == []
     done["options"]["learning_rate"] = 0.5
     message = r"'rate: slow', seed 0.* learning_rate: 0\.5 against 0\.001\. Remove its line, or pass another --output"
     with pytest.raises(ValueError, match=message):
-        ablation_plan.plan({"rate: slow": rows["rate: slow"]}, default, [0], [done], equal)
+        ablation_plan.plan(chosen, default, [0], [done], minutes)
 
 
 def test_a_result_of_other_threads_does_not_count_as_done(work):
     default, rows = ablation_plan.read_rows()
     with pytest.raises(ValueError, match=r"threads: 1 against 2\. Remove its line"):
-        ablation_plan.plan({"default": rows["default"]}, default, [0], [result()], "tokens", threads=2)
+        ablation_plan.plan({"default": rows["default"]}, default, [0], [result()], threads=2)
 
 
 @pytest.mark.parametrize(("option", "message"), [("--row", "no such row: 'rat'"), ("--group", "no such group: 'rat'")])
@@ -247,14 +232,22 @@ def test_spread_and_difference():
 
 def test_ablations_table(work, capsys):
     write(ablation_plan.RESULTS, [
-        result(), result(seed=1, loss=4.2), result("rate: slow", loss=4.5), pair("rate: slow"),
-        result("rate: slow", loss=3.9, equal="time", max_tokens=4000),
-        result("rate: none", seed=7, before=None), result("rate: forgotten"), result("stock models: BERT", budget=50),
+        result(), result(seed=1, loss=4.2), result("rate: slow", loss=4.5),
+        pair("rate: slow", loss=3.9), pair("rate: slow", seed=1, loss=4.1, tokens=3000),
+        pair("rate: slow", loss=3.0, minutes=60.0),
+        result("rate: none", seed=7), result("rate: forgotten"), result("stock models: BERT", budget=50),
     ])  # fmt: skip
     table = learning_tables.ablations()
     assert cells_of(table, "default") == ["4.100 ± 0.100", "", "25.0%", "2", "", ""]
-    assert cells_of(table, "rate: slow") == ["4.500", "+0.500", "25.0%", "1", "4.00", "-0.100"]
-    assert cells_of(table, "rate: none") == ["4.000", "", "25.0%", "1", "", ""]  # no seed of the default's, no pace
+    assert cells_of(table, "rate: slow") == ["4.500", "+0.500", "25.0%", "1", "2.50", "-0.100"]
+    assert cells_of(table, "rate: none") == [
+        "4.000",
+        "",
+        "25.0%",
+        "1",
+        "",
+        "",
+    ]  # no seed of the default's, no equal time
     assert len(table.splitlines()) == 5
     assert "'rate: forgotten' is in benchmarks/results/ablations.jsonl and no longer in" in capsys.readouterr().out
 
@@ -268,9 +261,7 @@ def test_stock_search_has_the_stock_models_at_their_budget(work):
     budget = learning_tables.STOCK_BUDGET
     found = [result("stock models: BERT", budget=budget), result("rate: slow", budget=budget), result()]
     write(ablation_plan.RESULTS, found)
-    assert cells_of(learning_tables.stock_search(), "BERT") == ["4.000", "25.0%", "1", ""]
-    write(ablation_plan.RESULTS, [*found, pair("stock models: BERT", before=10.0, speed=50.0)])
-    assert cells_of(learning_tables.stock_search(), "BERT")[-1] == "0.50"
+    assert cells_of(learning_tables.stock_search(), "BERT") == ["4.000", "25.0%", "1"]
     assert len(learning_tables.stock_search().splitlines()) == 3
 
 
