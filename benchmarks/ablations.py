@@ -15,55 +15,28 @@ from it. The tokenizer that the rows name is trained on their text first, where 
 
 import argparse
 import functools
-import json
 import os
 import resource
 import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import yaml
-from ablation_plan import RESULTS, ROWS, options_of, plan, read_results, read_rows
+from ablation_plan import RESULTS, ROWS, plan, read_rows
+from trainings import (
+    append_result,
+    command_of,
+    inputs_of,
+    make_tokenizer,
+    numbers_of,
+    options_of,
+    read_results,
+    start,
+)
 
-RECIPE = Path("train/recipes/cpu-10-minutes.yaml")
 MINUTES = 3.5  # of --equal_time: about what the default's million tokens take
-
-
-def command_of(options: dict, data: Path, seed: int, output: str) -> list[str]:
-    """The command line of a run."""
-    variant = ["benchmarks/ablation_variants.py", options["variant"]] if "variant" in options else []
-    command = [sys.executable, *variant, "train/pretrain.py", "--seed", str(seed), "--output_dir", output]
-    for name, value in options.items():
-        if name == "variant":
-            continue
-        if name == "config":
-            written = ", ".join(f"{key}={json.dumps(each)}" for key, each in value.items())
-            command += ["--config_overrides", written]
-        else:
-            values = [str(each).replace("DATA", str(data)) for each in (value if isinstance(value, list) else [value])]
-            command += [f"--{name}", *values]
-    return command
-
-
-def make_tokenizer(options: dict, data: Path) -> float | None:
-    """Trains the tokenizer that runs name, where it is not there; the seconds that it took, None where not known."""
-    folder = Path(options["tokenizer_name"])
-    kept = folder / "seconds.json"
-    if not (folder / "tokenizer.json").exists():
-        size = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["tokenizer_vocab_size"]
-        files = [each.replace("DATA", str(data)) for each in options["train_file"]]
-        command = [sys.executable, "train/train_tokenizer.py", "--train_file", *files, "--text_column"]
-        command += [options["text_column"], "--vocab_size", str(size), "--output_dir", str(folder)]
-        before = time.perf_counter()
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=True)
-        kept.write_text(json.dumps({"seconds": round(time.perf_counter() - before, 1)}), encoding="utf-8")
-    return json.loads(kept.read_text(encoding="utf-8"))["seconds"] if kept.exists() else None
 
 
 def curve_of(log: list[dict], points: int = 40) -> list[list]:
@@ -79,29 +52,10 @@ def run(row: str, seed: int, options: dict, data: Path, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = command_of(options, data, seed, folder)
         print(f"\n{row}, seed {seed}: {shlex.join(command[1:])}", flush=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": "."}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if finished.returncode:
-            raise RuntimeError(finished.stderr[-3000:])
-        scores = json.loads((Path(folder) / "all_results.json").read_text(encoding="utf-8"))
-        record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-        state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
-    names = ("loss", "accuracy", "bits_per_byte", "masked_tokens")
-    log = [entry for entry in state["log_history"] if "loss" in entry]
-    return {
-        "row": row,
-        "seed": seed,
-        "options": options,
-        **{name: scores[f"eval_{name}"] for name in names},
-        "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in log),
-        "minutes": log[-1]["minutes"],
-        "tokens": log[-1]["tokens"],
-        "curve": curve_of(log),
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "commit": record.get("commit"),
-        "versions": record.get("versions"),
-    }
+        start(command, threads)
+        numbers, log = numbers_of(Path(folder))
+    about = {"row": row, "seed": seed, "options": options, "threads": threads}
+    return {**about, **numbers, "curve": curve_of(log), "load": os.getloadavg()[0]}
 
 
 def run_beside_the_default(row: str, seed: int, options: dict, default: dict, data: Path, threads: int) -> dict:
@@ -142,29 +96,33 @@ def main() -> None:
     if arguments.max_tokens:
         default["max_tokens"] = arguments.max_tokens
     minutes, failed, found = arguments.equal_time, [], read_results(arguments.output)
-    runs = plan(rows, default, arguments.seeds, found, minutes, arguments.threads)
+    if minutes and arguments.workers > 1:
+        parser.error("--equal_time trains a row and the default side by side already: leave --workers out.")
+    make_tokenizer(default, arguments.data)
+    inputs = inputs_of(default, arguments.data)
+    runs = plan(rows, default, arguments.seeds, found, inputs, minutes, arguments.threads)
     if done := len(rows) * len(arguments.seeds) - len(runs):
         print(f"{done} of the runs stand in {arguments.output}. Pass another --output to run them again.")
-    make_tokenizer(default, arguments.data)
-    start = functools.partial(run, data=arguments.data, threads=arguments.threads)
+    shared = {"data": arguments.data, "threads": arguments.threads}
+    equal, budget, train = "tokens", default["max_tokens"], functools.partial(run, **shared)
     if minutes:
         beside = options_of(default, {"max_tokens": None, "max_minutes": minutes})
-        start = functools.partial(
-            run_beside_the_default, default=beside, data=arguments.data, threads=arguments.threads
-        )
+        equal, budget, train = "time", minutes, functools.partial(run_beside_the_default, default=beside, **shared)
     with ThreadPoolExecutor(arguments.workers) as pool:
-        started = {pool.submit(start, *each): each[:2] for each in runs}
-        for future in as_completed(started):
-            row, seed = started[future]
-            if error := future.exception():
-                failed.append(f"{row!r}, seed {seed}")
-                print(f"{failed[-1]} failed: {''.join(traceback.format_exception_only(error))}", flush=True)
-                continue
-            equal, budget = ("time", minutes) if minutes else ("tokens", default["max_tokens"])
-            result = {**future.result(), "equal": equal, "budget": budget}
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            print(f"{row}, seed {seed}: {result['loss']:.3f} nats, {result['accuracy']:.1%}", flush=True)
+        started = {pool.submit(train, *each): each[:2] for each in runs}
+        try:
+            for future in as_completed(started):
+                row, seed = started[future]
+                if error := future.exception():
+                    failed.append(f"{row!r}, seed {seed}")
+                    print(f"{failed[-1]} failed: {''.join(traceback.format_exception_only(error))}", flush=True)
+                    continue
+                result = {**future.result(), "inputs": inputs, "equal": equal, "budget": budget}
+                append_result(arguments.output, result)
+                print(f"{row}, seed {seed}: {result['loss']:.3f} nats, {result['accuracy']:.1%}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else all that wait would be run, and lost
+            raise
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{(spent.ru_utime + spent.ru_stime) / 60:.1f} minutes of processor time")
     if failed:

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-from ablation_plan import read_results
 from ten_minutes import RESULTS
+from trainings import read_results
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

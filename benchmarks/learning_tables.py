@@ -5,10 +5,11 @@ import re
 import statistics
 from pathlib import Path
 
-from ablation_plan import RESULTS, ROWS, differing, read_results, read_rows
+from ablation_plan import RESULTS, ROWS, read_rows
 from ablations import MINUTES
 from overlap import RESULTS as OVERLAP
 from ten_minutes import RESULTS as TEN_MINUTES
+from trainings import differing, made_with, read_results
 
 from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
 
@@ -16,31 +17,30 @@ STOCK, STOCK_BUDGET = "stock models: ", 2_000_000
 EVALUATIONS = {"masked_en": "masked_lm", "blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], sign: str = "") -> str:
     """The mean, and half of the distance between the lowest and the highest where there are several."""
     half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):{sign}.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
 
 
 def difference(results: list[dict], reference: list[dict]) -> str:
-    """Of the mean losses, over the seeds that both have; empty where there are none."""
+    """Of the losses, over the seeds that both have; empty where there are none."""
     losses, others = ({result["seed"]: result["loss"] for result in found} for found in (results, reference))
     seeds = sorted(losses.keys() & others.keys())
-    return f"{statistics.mean(losses[seed] - others[seed] for seed in seeds):+.3f}" if seeds else ""
+    return spread([losses[seed] - others[seed] for seed in seeds], "+") if seeds else ""
 
 
-def at_equal_time(pairs: list[dict]) -> tuple[str, str]:
-    """Tokens over the default's beside it, and the difference of the losses, means over the pairs; empty without."""
+def at_equal_time(pairs: list[dict]) -> tuple[str, str, str]:
+    """Tokens over the default's beside it, the difference of the losses, seeds; empty without pairs."""
     if not pairs:
-        return "", ""
+        return "", "", ""
     tokens = statistics.mean(pair["tokens"] / pair["default"]["tokens"] for pair in pairs)
-    less = statistics.mean(pair["loss"] - pair["default"]["loss"] for pair in pairs)
-    return f"{tokens:.2f}", f"{less:+.3f}"
+    return f"{tokens:.2f}", spread([pair["loss"] - pair["default"]["loss"] for pair in pairs], "+"), str(len(pairs))
 
 
 def check_alike(what: str, results: list[dict]) -> None:
-    """Raises ValueError where results that a table would average have different options."""
-    found = [{"threads": each["threads"], **each["options"]} for each in results]
+    """Raises ValueError where results that a table would average were made with different options or texts."""
+    found = list(map(made_with, results))
     for other in found[1:]:
         if differ := differing(found[0], other):
             raise ValueError(f"{what} has results with different options: {differ}. Remove the lines that are old.")
@@ -62,7 +62,9 @@ def results_by_row(path: Path, rows: Path, **budget: float) -> dict[str, list[di
 
 
 def cells(results: list[dict]) -> tuple[str, str, str]:
-    """Nats, accuracy, seeds."""
+    """Nats, accuracy, seeds; empty without results."""
+    if not results:
+        return "", "", ""
     accuracy = statistics.mean(result["accuracy"] for result in results)
     return spread([result["loss"] for result in results]), f"{accuracy:.1%}", str(len(results))
 
@@ -73,11 +75,11 @@ def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:
     timed = results_by_row(path, rows, time=MINUTES)
     reference = found["default"]
     lines = [
-        "| | nats | against the default | accuracy | seeds | at equal time: tokens | against the default |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | nats | against the default | accuracy | seeds | at equal time: tokens | against the default | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row, results in found.items():
-        if results:
+        if results or timed[row]:
             nats, *others = cells(results)
             less = "" if row == "default" else difference(results, reference)
             lines.append("| " + " | ".join([row, nats, less, *others, *at_equal_time(timed[row])]) + " |")

@@ -14,30 +14,26 @@ appended to benchmarks/results/ten_minutes.jsonl; what stands there with the sam
 """
 
 import argparse
-import json
 import os
 import shlex
-import subprocess
-import time
 from pathlib import Path
 
 import yaml
-from ablation_plan import differing, options_of, read_results
-from ablations import command_of, make_tokenizer
+from trainings import (
+    append_result,
+    command_of,
+    inputs_of,
+    is_done,
+    make_tokenizer,
+    numbers_of,
+    options_of,
+    read_results,
+    start,
+)
 
 MODELS = Path("benchmarks/ten_minutes.yaml")
 RESULTS = Path("benchmarks/results/ten_minutes.jsonl")
 KEPT = ("loss", "tokens", "minutes", "tokens_per_second")
-
-
-def start(command: list[str], threads: int) -> float:
-    """Seconds that the command took."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": "."}
-    before = time.perf_counter()
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if finished.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
-    return time.perf_counter() - before
 
 
 def run(name: str, options: dict, seed: int, arguments: argparse.Namespace) -> dict:
@@ -50,41 +46,20 @@ def run(name: str, options: dict, seed: int, arguments: argparse.Namespace) -> d
     load = os.getloadavg()[0]
     print(f"\n{name}, seed {seed}: {shlex.join(command[1:])}", flush=True)
     start(command, arguments.threads)
-    scores, record, state = (
-        json.loads((folder / name).read_text(encoding="utf-8"))
-        for name in ("all_results.json", "run.json", "trainer_state.json")
-    )
-    curve = [[entry[key] for key in KEPT] for entry in state["log_history"] if "loss" in entry]
+    numbers, log = numbers_of(folder)
+    rows = [[entry[key] for key in KEPT] for entry in log]
     return {
         "language": arguments.language,
         "model": name,
         "seed": seed,
-        "minutes": arguments.minutes,
         "threads": arguments.threads,
         "options": options,
-        **{key: scores[f"eval_{key}"] for key in ("loss", "accuracy", "bits_per_byte", "masked_tokens")},
-        "tokens": curve[-1][1],
-        "steps": state["global_step"],
-        "curve": {"columns": KEPT, "rows": curve},
+        **numbers,
+        "minutes": arguments.minutes,
+        "curve": {"columns": KEPT, "rows": rows},
         "before_clock": before_clock,
         "load": load,
-        "commit": record.get("commit"),
-        "versions": record.get("versions"),
     }
-
-
-def is_done(name: str, options: dict, seed: int, arguments: argparse.Namespace, found: list[dict]) -> bool:
-    """Whether this training is among the results. Raises ValueError where one with other options is."""
-    asked = (arguments.language, name, seed, arguments.minutes)
-    done = [each for each in found if (each["language"], each["model"], each["seed"], each["minutes"]) == asked]
-    for each in done:
-        stored = {"threads": each["threads"], **each["options"]}
-        if differ := differing(stored, {"threads": arguments.threads, **options}):
-            raise ValueError(
-                f"The result of {name!r}, {arguments.language}, seed {seed}, {arguments.minutes:g} minutes, has other "
-                f"options than the model has now: {differ}. Remove its line, or pass another --output."
-            )
-    return bool(done)
 
 
 def main() -> None:
@@ -105,20 +80,24 @@ def main() -> None:
     recipe = yaml.safe_load(Path(written["recipe"]).read_text(encoding="utf-8"))
     kept = {key: recipe[key] for key in ("mlm_probability", "max_seq_length") if key in recipe}
     found, runs = read_results(arguments.output), []
+    tokenizer_seconds = make_tokenizer(text, arguments.data)
+    inputs = inputs_of(text, arguments.data)
     for seed in arguments.seeds:
         for name in arguments.models or written["models"]:
             of_model = written["models"][name]
             common = recipe if of_model.get("recipe") else {**written["stock"], **kept}
             options = options_of({**common, **text, **written["all"]}, {**of_model, "recipe": None})
-            if is_done(name, options, seed, arguments, found):
+            asked = (arguments.language, name, seed, arguments.minutes)
+            keys = ("language", "model", "seed", "minutes")
+            done = [each for each in found if tuple(each[key] for key in keys) == asked]
+            now = {"threads": arguments.threads, **options, **inputs}
+            if is_done(f"{name!r}, {arguments.language}, seed {seed}, {arguments.minutes:g} minutes,", done, now):
                 print(f"{name}, seed {seed}: stands in {arguments.output}. Pass another --output to run it again.")
             else:
                 runs.append((name, options, seed))
-    tokenizer_seconds = make_tokenizer(text, arguments.data)
     for name, options, seed in runs:
-        result = {**run(name, options, seed, arguments), "tokenizer_seconds": tokenizer_seconds}
-        with arguments.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        result = run(name, options, seed, arguments)
+        append_result(arguments.output, {**result, "inputs": inputs, "tokenizer_seconds": tokenizer_seconds})
         told = f"{result['loss']:.3f} nats, {result['accuracy']:.1%}, {result['tokens']:,} tokens"
         print(f"{name}, seed {seed}: {told}", flush=True)
 

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+from datasets import Dataset
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from hf_selfattn import SelfAttnConfig, SelfAttnForMaskedLM, SelfAttnPreTrainedModel
-from hf_selfattn.tools.pretraining import PretrainingTrainer
+from hf_selfattn.tools.opening import ModelArguments, parse_overrides
+from hf_selfattn.tools.pretraining import PretrainingArguments, PretrainingScriptArguments, PretrainingTrainer
+from hf_selfattn.tools.recipes import parse_arguments
+from hf_selfattn.tools.sources import SourceArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +30,7 @@ with pytest.MonkeyPatch.context() as patch:
     import overlap
     import tables
     import ten_minutes
+    import trainings
 
 DEFAULT = {"tokenizer_name": "tokenizer", "train_file": ["DATA/a.parquet"], "text_column": "text",
            "config": {"hidden_size": 8, "num_attention_heads": 2}, "max_tokens": 1000,
@@ -34,6 +39,7 @@ GROUPS = {"rate": {"slow": {"learning_rate": 1e-3}, "none": {"learning_rate": No
           "stock models": {"BERT": {"config": {"model_type": "bert"}}}}  # fmt: skip
 TINY = SelfAttnConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
 MASKED = {"bits_per_byte": 2.0, "masked_tokens": 10}
+INPUTS = {"DATA/a.parquet": "ca978112ca1bbdca", "tokenizer's entries": "43b5380793ce7e85"}
 
 
 @pytest.fixture
@@ -42,7 +48,8 @@ def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("benchmarks/results", "docs", "tokenizer"):
         Path(folder).mkdir(parents=True)
-    Path("tokenizer/tokenizer.json").touch()
+    Path("a.parquet").write_text("a")
+    Path("tokenizer/tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0}}}))
     ablation_plan.ROWS.write_text(yaml.safe_dump({"default": DEFAULT, "groups": GROUPS}, sort_keys=False))
     return tmp_path
 
@@ -55,25 +62,29 @@ def start(monkeypatch, module, *arguments):
 def result(row="default", seed=0, loss=4.0, equal="tokens", budget=1000, **changes):
     default, rows = ablation_plan.read_rows()
     shared = {"max_tokens": budget} if equal == "tokens" else {"max_tokens": None, "max_minutes": budget}
-    options = ablation_plan.options_of({**default, **shared}, {**rows.get(row, {}), **changes})
+    options = trainings.options_of({**default, **shared}, {**rows.get(row, {}), **changes})
     return {"row": row, "seed": seed, "options": options, "loss": loss, "accuracy": 0.25, "tokens": 1000,
-            "equal": equal, "budget": budget, "threads": 1, **MASKED}  # fmt: skip
+            "equal": equal, "budget": budget, "threads": 1, "inputs": INPUTS, **MASKED}  # fmt: skip
 
 
 def pair(row, seed=0, loss=4.0, tokens=2000, minutes=ablations.MINUTES, **changes):
     """A row at equal time, beside a default with a loss of 4.1 and 1000 tokens."""
-    beside = {"default": {"loss": 4.1, "tokens": 1000}, "tokens": tokens}
-    return result(row, seed, loss, "time", minutes, **changes) | beside
+    default = result("default", seed, 4.1, "time", minutes)
+    return result(row, seed, loss, "time", minutes, **changes) | {"default": default, "tokens": tokens}
 
 
 def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", **options):
     curve = {"columns": ["loss", "tokens", "minutes"], "rows": [[5.0, 10, 0.5], [4.0, 20, 1.0]]}
-    return {"language": language, "model": model, "seed": seed, "minutes": minutes, "threads": 2, "options": options,
-            "loss": loss, "accuracy": 0.25, "tokens": 2_000_000, "curve": curve, **MASKED}  # fmt: skip
+    run = {"language": language, "model": model, "seed": seed, "minutes": minutes, "threads": 2, "options": options}
+    return {**run, "inputs": INPUTS, "loss": loss, "accuracy": 0.25, "tokens": 2_000_000, "curve": curve, **MASKED}
 
 
 def write(path, results):
     Path(path).write_text("".join(json.dumps(each) + "\n" for each in results))
+
+
+def planned(rows, default, seeds, found, minutes=None, threads=1):
+    return ablation_plan.plan(rows, default, seeds, found, INPUTS, minutes, threads)
 
 
 def cells_of(table, row):
@@ -83,21 +94,21 @@ def cells_of(table, row):
 
 def test_changes_replace_the_defaults_options_and_null_takes_one_away():
     default = {"a": 1, "b": 2, "config": {"x": 1, "y": 2}}
-    assert ablation_plan.options_of(default, {"b": None, "c": 0, "config": {"y": None, "z": 3}}) == {
+    assert trainings.options_of(default, {"b": None, "c": 0, "config": {"y": None, "z": 3}}) == {
         "a": 1, "c": 0, "config": {"x": 1, "z": 3}}  # fmt: skip
-    assert ablation_plan.options_of({"a": 1}, {}) == {"a": 1}
+    assert trainings.options_of({"a": 1}, {}) == {"a": 1}
 
 
 def test_every_row_of_the_real_file_changes_something():
     default, rows = ablation_plan.read_rows(ROOT / ablation_plan.ROWS)
-    same = [row for row, changes in rows.items() if ablation_plan.options_of(default, changes) == default]
+    same = [row for row, changes in rows.items() if trainings.options_of(default, changes) == default]
     assert same == ["default"]
 
 
 def test_command_line_of_a_run():
     options = {"variant": "stock", "train_file": ["DATA/a", "DATA/b"], "warmup_steps": 0.1,
                "config": {"attention_pattern": ["full", "random"], "attention_bias": False}}  # fmt: skip
-    assert ablations.command_of(options, Path("/data"), 3, "out") == [
+    assert trainings.command_of(options, Path("/data"), 3, "out") == [
         sys.executable, "benchmarks/ablation_variants.py", "stock", "train/pretrain.py", "--seed", "3", "--output_dir",
         "out", "--train_file", "/data/a", "/data/b", "--warmup_steps", "0.1", "--config_overrides",
         'attention_pattern=["full", "random"], attention_bias=false']  # fmt: skip
@@ -123,39 +134,135 @@ def test_equal_time_is_that_of_the_default_beside_it(work, monkeypatch, capsys):
     assert "rate: slow, seed 0: 3.500 nats" in capsys.readouterr().out
     assert started[:2] == [("rate: slow", None, 3, False), ("default", None, 3, False)]  # in which torch compiles
     assert sorted(started[2:]) == [("default", 2, None, False), ("rate: slow", 2, None, False)]
-    (kept,) = ablation_plan.read_results()
+    (kept,) = trainings.read_results(ablation_plan.RESULTS)
     assert (kept["equal"], kept["budget"], kept["loss"], kept["default"]["loss"]) == ("time", 2, 3.5, 4.0)
     assert kept["options"]["learning_rate"] == 1e-3
     assert kept["default"]["options"]["learning_rate"] == 2e-3
+
+
+def test_equal_time_has_two_at_a_time_already(work, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--equal_time", "--workers", 2)
+    assert "leave --workers out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pretraining(monkeypatch):
+    """What a run of pretrain.py leaves, without one: the log ends before the last step. Its command lines."""
+
+    def run(command, env, **kwargs):
+        commands.append((command, env["OMP_NUM_THREADS"]))
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = {f"eval_{name}": 4.0 for name in trainings.SCORES} | {"train_tokens_used": 1024, "train_minutes": 0.5}
+        log = [{"loss": 6.0, "tokens": 1000, "tokens_per_second": 9.0, "minutes": 0.4}, {"eval_loss": 4.0}]
+        for name, content in (("all_results", scores), ("run", {"commit": "abc", "versions": {"torch": "2"}}),
+                              ("trainer_state", {"log_history": log, "global_step": 8})):  # fmt: skip
+            (folder / f"{name}.json").write_text(json.dumps(content))
+        return argparse.Namespace(returncode=0)
+
+    commands = []
+    monkeypatch.setattr(trainings.subprocess, "run", run)
+    return commands
+
+
+def test_numbers_of_a_run_are_those_of_its_end(work, monkeypatch, pretraining):
+    start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--threads", 3)
+    (kept,) = trainings.read_results(ablation_plan.RESULTS)
+    assert (kept["tokens"], kept["minutes"], kept["steps"], kept["commit"]) == (1024, 0.5, 8, "abc")
+    assert (kept["loss"], kept["unigram_loss"], kept["curve"]) == (4.0, 4.0, [[1000, 6.0]])
+    assert (kept["threads"], kept["inputs"], kept["versions"]) == (3, INPUTS, {"torch": "2"})
+    ((command, threads),) = pretraining
+    assert threads == "3"
+    assert f"{work}/a.parquet" in command
+
+
+def test_ten_minutes_train_for_their_minutes_after_a_trial(work, monkeypatch, pretraining):
+    arguments = argparse.Namespace(language="en", minutes=10, threads=2, data=work)
+    found = ten_minutes.run("ours", {"max_minutes": 3, "train_file": ["DATA/a"]}, 1, arguments)
+    assert (found["tokens"], found["minutes"], found["seed"], found["loss"]) == (1024, 10, 1, 4.0)
+    assert found["curve"]["rows"] == [[6.0, 1000, 0.4, 9.0]]
+    trial, run = (command for command, _ in pretraining)
+    assert "--max_minutes" not in trial
+    assert trial[trial.index("--max_steps") + 1] == "3"
+    assert run[run.index("--max_minutes") + 1] == "10"
+
+
+def test_a_run_that_fails_says_what_it_printed(monkeypatch):
+    failed = argparse.Namespace(returncode=1, stderr="out of memory")
+    monkeypatch.setattr(trainings.subprocess, "run", lambda *command, **options: failed)
+    with pytest.raises(RuntimeError, match=r"^train it failed:\nout of memory"):
+        trainings.start(["train", "it"], 1)
+
+
+@pytest.mark.parametrize("row", ablation_plan.read_rows(ROOT / ablation_plan.ROWS)[1].items(), ids=lambda row: row[0])
+def test_every_row_of_the_real_file_can_be_started(row, monkeypatch):
+    """Its options are known to pretrain.py, its configuration to the model, its variant to ablation_variants.py."""
+    monkeypatch.syspath_prepend(ROOT / "train")
+    options = trainings.options_of(ablation_plan.read_rows(ROOT / ablation_plan.ROWS)[0], row[1])
+    words = trainings.command_of(options, Path("data"), 0, "out")
+    classes = [SourceArguments, ModelArguments, PretrainingArguments, PretrainingScriptArguments]
+    _, model, _, training = parse_arguments(classes, words[words.index("train/pretrain.py") + 1 :])
+    assert training.seed == 0
+    changes = parse_overrides(model.config_overrides)
+    AutoConfig.for_model(changes.pop("model_type", "selfattn"), **changes)
+    assert options.get("variant", "stock") in ablation_variants.VARIANTS
+
+
+def test_ctrl_c_ends_the_runs_that_wait(work, monkeypatch):
+    def interrupted(path, result):
+        raise KeyboardInterrupt
+
+    def run(row, seed, options, data, threads):
+        started.append(row)
+        return {"row": row, "seed": seed, "options": options, "loss": 4.0, "accuracy": 0.25}
+
+    started = []
+    monkeypatch.setattr(ablations, "run", run)
+    monkeypatch.setattr(ablations, "append_result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--seeds", *range(1000))
+    assert len(started) < 1000
+
+
+def test_a_line_that_was_cut_short_is_named(work):
+    ablation_plan.RESULTS.write_text(json.dumps(result()) + '\n{"row": "def')
+    with pytest.raises(ValueError, match=r"ablations\.jsonl, line 2, is no result .* cut short\. Delete the line"):
+        trainings.read_results(ablation_plan.RESULTS)
+
+
+def test_results_make_their_folder(tmp_path):
+    trainings.append_result(tmp_path / "runs" / "a.jsonl", {"loss": 4.0})
+    assert trainings.read_results(tmp_path / "runs" / "a.jsonl") == [{"loss": 4.0}]
 
 
 def test_what_is_done_is_not_run_again(work):
     default, rows = ablation_plan.read_rows()
     found = [result(), result("rate: slow"), result(seed=1, budget=50), pair("rate: slow", 1)]
     chosen = {row: rows[row] for row in ("default", "rate: slow")}
-    assert [run[:2] for run in ablation_plan.plan(chosen, default, [0, 1], found)] == [
+    assert [run[:2] for run in planned(chosen, default, [0, 1], found)] == [
         ("default", 1), ("rate: slow", 1)]  # fmt: skip
     chosen.pop("default")
-    timed = ablation_plan.plan(chosen, default, [0, 1], found, ablations.MINUTES)
+    timed = planned(chosen, default, [0, 1], found, ablations.MINUTES)
     assert [run[:2] for run in timed] == [("rate: slow", 0)]
-    assert [run[:2] for run in ablation_plan.plan(chosen, default, [1], found, 7.0)] == [("rate: slow", 1)]
+    assert [run[:2] for run in planned(chosen, default, [1], found, 7.0)] == [("rate: slow", 1)]
 
 
 @pytest.mark.parametrize(("done", "minutes"), [(result, None), (pair, ablations.MINUTES)])
 def test_a_result_with_other_options_does_not_count_as_done(work, done, minutes):
     default, rows = ablation_plan.read_rows()
     chosen, done = {"rate: slow": rows["rate: slow"]}, done("rate: slow")
-    assert ablation_plan.plan(chosen, default, [0], [done], minutes) == []
+    assert planned(chosen, default, [0], [done], minutes) == []
     done["options"]["learning_rate"] = 0.5
     message = r"'rate: slow', seed 0.* learning_rate: 0\.5 against 0\.001\. Remove its line, or pass another --output"
     with pytest.raises(ValueError, match=message):
-        ablation_plan.plan(chosen, default, [0], [done], minutes)
+        planned(chosen, default, [0], [done], minutes)
 
 
 def test_a_result_of_other_threads_does_not_count_as_done(work):
     default, rows = ablation_plan.read_rows()
     with pytest.raises(ValueError, match=r"threads: 1 against 2\. Remove its line"):
-        ablation_plan.plan({"default": rows["default"]}, default, [0], [result()], threads=2)
+        planned({"default": rows["default"]}, default, [0], [result()], threads=2)
 
 
 @pytest.mark.parametrize(("option", "message"), [("--row", "no such row: 'rat'"), ("--group", "no such group: 'rat'")])
@@ -176,7 +283,7 @@ def test_a_failed_run_is_named_at_the_end_and_the_others_are_kept(work, monkeypa
     with pytest.raises(SystemExit, match=r"failed: 'rate: slow', seed 0$"):
         start(monkeypatch, ablations, "--data", work, "--group", "rate")
     assert "'rate: slow', seed 0 failed: RuntimeError: out of memory" in capsys.readouterr().out
-    kept = ablation_plan.read_results()
+    kept = trainings.read_results(ablation_plan.RESULTS)
     assert [(each["row"], each["equal"], each["budget"]) for each in kept] == [("rate: none", "tokens", 1000)]
 
 
@@ -186,40 +293,33 @@ def test_tokenizer_is_trained_once_and_its_seconds_are_kept(work, monkeypatch):
         Path("tokenizer/tokenizer.json").touch()
 
     commands = []
-    monkeypatch.setattr(ablations.subprocess, "run", train)
-    monkeypatch.setattr(ablations, "RECIPE", ROOT / ablations.RECIPE)
-    assert ablations.make_tokenizer(DEFAULT, work) is None
+    monkeypatch.setattr(trainings.subprocess, "run", train)
+    monkeypatch.setattr(trainings, "RECIPE", ROOT / trainings.RECIPE)
+    assert trainings.make_tokenizer(DEFAULT, work) is None
     Path("tokenizer/tokenizer.json").unlink()
-    assert ablations.make_tokenizer(DEFAULT, work) == ablations.make_tokenizer(DEFAULT, work) >= 0
+    assert trainings.make_tokenizer(DEFAULT, work) == trainings.make_tokenizer(DEFAULT, work) >= 0
     assert len(commands) == 1
     assert commands[0][2:4] == ["--train_file", f"{work}/a.parquet"]
     assert commands[0][commands[0].index("--vocab_size") + 1] == "8192"
 
 
-def test_ten_minutes_refuse_a_result_with_other_options():
-    arguments = argparse.Namespace(language="en", minutes=10, threads=2)
-    found = [trained(learning_rate=2e-3)]
-    assert ten_minutes.is_done("ours", {"learning_rate": 2e-3}, 0, arguments, found)
-    assert not ten_minutes.is_done("ours", {"learning_rate": 2e-3}, 1, arguments, found)
-    with pytest.raises(ValueError, match=r"'ours', en, seed 0, 10 minutes, .*: learning_rate: 0.002 against 0.001\."):
-        ten_minutes.is_done("ours", {"learning_rate": 1e-3}, 0, arguments, found)
-    arguments.threads = 4
-    with pytest.raises(ValueError, match="threads: 2 against 4"):
-        ten_minutes.is_done("ours", {"learning_rate": 2e-3}, 0, arguments, found)
-
-
 def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
     monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
     monkeypatch.setattr(ten_minutes, "make_tokenizer", lambda options, data: 12.5)
+    monkeypatch.setattr(ten_minutes, "inputs_of", lambda options, data: INPUTS)
     monkeypatch.setattr(ten_minutes, "run", lambda name, options, seed, arguments: trained(name, seed, **options))
     written = yaml.safe_load(ten_minutes.MODELS.read_text(encoding="utf-8"))
     Path(written["recipe"]).parent.mkdir(parents=True)
     Path(written["recipe"]).write_text((ROOT / written["recipe"]).read_text(encoding="utf-8"), encoding="utf-8")
     for _ in range(2):
         start(monkeypatch, ten_minutes, "--data", work, "--seeds", 0)
-    kept = ablation_plan.read_results(ten_minutes.RESULTS)
+    kept = trainings.read_results(ten_minutes.RESULTS)
     assert [each["model"] for each in kept] == list(written["models"])
     assert {each["tokenizer_seconds"] for each in kept} == {12.5}
+    monkeypatch.setattr(ten_minutes, "inputs_of", lambda options, data: {**INPUTS, "DATA/a.parquet": "other"})
+    message = r"'ours', en, seed 0, 10 minutes, .*: DATA/a.parquet: ca978112ca1bbdca against other\. Remove its line"
+    with pytest.raises(ValueError, match=message):
+        start(monkeypatch, ten_minutes, "--data", work, "--seeds", 0)
 
 
 def test_spread_and_difference():
@@ -227,6 +327,7 @@ def test_spread_and_difference():
     assert learning_tables.spread([4.0, 4.5, 4.1]) == "4.200 ± 0.250"
     some, others = [{"seed": s, "loss": 4.0 + s} for s in (0, 1)], [{"seed": s, "loss": 3.5} for s in (1, 2)]
     assert learning_tables.difference(some, others) == "+1.500"
+    assert learning_tables.difference(some, [{"seed": 0, "loss": 3.0}, *others]) == "+1.250 ± 0.250"
     assert learning_tables.difference(some, others[1:]) == learning_tables.difference(some, []) == ""
 
 
@@ -238,23 +339,19 @@ def test_ablations_table(work, capsys):
         result("rate: none", seed=7), result("rate: forgotten"), result("stock models: BERT", budget=50),
     ])  # fmt: skip
     table = learning_tables.ablations()
-    assert cells_of(table, "default") == ["4.100 ± 0.100", "", "25.0%", "2", "", ""]
-    assert cells_of(table, "rate: slow") == ["4.500", "+0.500", "25.0%", "1", "2.50", "-0.100"]
-    assert cells_of(table, "rate: none") == [
-        "4.000",
-        "",
-        "25.0%",
-        "1",
-        "",
-        "",
-    ]  # no seed of the default's, no equal time
+    assert cells_of(table, "default") == ["4.100 ± 0.100", "", "25.0%", "2", "", "", ""]
+    assert cells_of(table, "rate: slow") == ["4.500", "+0.500", "25.0%", "1", "2.50", "-0.100 ± 0.100", "2"]
+    # Of a seed that the default has not:
+    assert cells_of(table, "rate: none") == ["4.000", "", "25.0%", "1", "", "", ""]
     assert len(table.splitlines()) == 5
     assert "'rate: forgotten' is in benchmarks/results/ablations.jsonl and no longer in" in capsys.readouterr().out
 
 
 def test_ablations_table_without_the_default(work):
     write(ablation_plan.RESULTS, [result("rate: slow")])
-    assert cells_of(learning_tables.ablations(), "rate: slow") == ["4.000", "", "25.0%", "1", "", ""]
+    assert cells_of(learning_tables.ablations(), "rate: slow") == ["4.000", "", "25.0%", "1", "", "", ""]
+    write(ablation_plan.RESULTS, [pair("rate: slow")])
+    assert cells_of(learning_tables.ablations(), "rate: slow") == ["", "", "", "", "2.00", "-0.100", "1"]
 
 
 def test_stock_search_has_the_stock_models_at_their_budget(work):
@@ -436,6 +533,36 @@ def test_overlap_finds_whole_sentences_whatever_their_case_and_punctuation():
 
 def test_overlap_takes_chinese_characters_for_words():
     assert overlap.words_of("Die Stadt 北京, heute.") == ("die", "stadt", "北", "京", "heute")
+
+
+def test_overlap_of_data_sets(tmp_path, monkeypatch, capsys):
+    def write_rows(name, split, **columns):
+        (tmp_path / name).mkdir(exist_ok=True)
+        Dataset.from_dict(columns).to_parquet(tmp_path / name / f"{split}.parquet")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(overlap, "PRETRAINING", {"en": ("a", "b")})
+    monkeypatch.setattr(overlap, "SENTENCES", {"en": (("task", "validation", "text", "words"),)})
+    monkeypatch.setattr(overlap, "PASSAGES", {"en": (("task", "validation", "text"),)})
+    long = " ".join(map(str, range(14)))
+    write_rows("a", "train", text=["It was found, they said. " + long])
+    write_rows("b", "train", text=["Nothing."])
+    write_rows(
+        "task",
+        "validation",
+        text=["they said nothing here", long + " more"],
+        words=[["It", "was", "found", "they"]] * 2,
+    )
+    start(monkeypatch, overlap, "--data", tmp_path, "--languages", "en", "--output", "runs/overlap.json")
+    assert "task, validation, text, words: 1 of 3 sentences (33.33%)" in capsys.readouterr().out
+    sentences, passages = json.loads(Path("runs/overlap.json").read_text())
+    assert (sentences["looked_for"], sentences["found"], sentences["examples"]) == (3, 1, ["it was found they"])
+    assert (passages["looked_for"], passages["found"], passages["kind"]) == (3, 2, "passages")
+    monkeypatch.setattr(learning_tables, "OVERLAP", Path("runs/overlap.json"))
+    assert learning_tables.overlap().splitlines()[2:] == [
+        "| task, validation: text, words | 3 sentences | 1 | 33.3% |",
+        "| task, validation: text | 3 passages | 2 | 66.7% |",
+    ]
 
 
 def test_overlap_counts_passages_of_a_text():

@@ -155,7 +155,8 @@ def main(argv=None):
         result = trainer.train(resume_from_checkpoint=resume_from)
         sizes = {"train_documents": len(documents)} if documents else {
             "train_rows": len(rows["train"]), "train_tokens": int(trainer.train_dataset.lengths.sum())}  # fmt: skip
-        trainer.save_metrics("train", {**result.metrics, **sizes})
+        used = {f"train_{name}": number for name, number in trainer.progress.used().items()}
+        trainer.save_metrics("train", {**result.metrics, **sizes, **used})
         trainer.save_model(_internal_call=True)  # what is pushed is pushed once, with the card
         trainer.save_state()
     scores = trainer.evaluate()

@@ -69,6 +69,11 @@ class Progress(TrainerCallback, ExportableState):
         for name, number in zip(COUNTS, sums, strict=True):
             self.totals[name] += number // self.replicas
 
+    def used(self):
+        """{"tokens_used", "minutes"} of the training so far; called by all processes."""
+        self.gather()
+        return {"tokens_used": self.totals["tokens"], "minutes": self.seconds / 60}
+
     def restore(self, state):
         """Goes on from the Trainer's `state`, where it is one of a checkpoint, else from nothing.
 
