@@ -13,15 +13,9 @@ from datasets import Dataset
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from hf_selfattn.tools import evaluation_masked
-from hf_selfattn.tools.blimp import (
-    PHENOMENA,
-    PUBLISHED,
-    blimp_metrics,
-    first_of_each_paradigm,
-    load_blimp,
-    pseudo_log_likelihoods,
-)
+from hf_selfattn.tools import evaluation_masked, evaluation_results
+from hf_selfattn.tools.blimp import blimp_metrics, first_of_each_paradigm, load_blimp, pseudo_log_likelihoods
+from hf_selfattn.tools.blimp_published import OF_PARADIGMS, PARADIGMS, PHENOMENA, PUBLISHED
 from hf_selfattn.tools.collators import MaskingCollator
 from hf_selfattn.tools.evaluation import answers, longest_row, open_masked_lm, questions_by_length
 from hf_selfattn.tools.evaluation_masked import masked_token_metrics, masked_word_metrics, words_in_windows
@@ -193,7 +187,9 @@ class TestBlimp:
             pseudo_log_likelihoods(model, tiny_tokenizer(), ["the cat sees music", "a"])
 
     def test_published_figures_are_whole(self):
-        assert len(PHENOMENA) == 12
+        assert (len(PHENOMENA), len(PARADIGMS)) == (12, 67)
+        for place, name in enumerate(OF_PARADIGMS):
+            assert PUBLISHED[name][0] == pytest.approx(statistics.mean(x[place] for x in PARADIGMS.values()), abs=0.06)
         for name, figures in PUBLISHED.items():
             assert len(figures) in (1, 13), name
             if name.startswith("RoBERTa-base"):
@@ -422,6 +418,17 @@ class TestResults:
         assert {"seed": 2, "task": "a"} not in again
         assert again[{"seed": 1, "task": "a"}] == {"accuracy": 0.5}
 
+    def test_they_say_with_which_code_they_were_made(self, tmp_path, monkeypatch):
+        (tmp_path / "results.jsonl").write_text('{"key": {"a": 1}, "result": 2}\n')
+        monkeypatch.setattr(evaluation_results, "git_commit", lambda: "abc")
+        results = Results(tmp_path / "results.jsonl")
+        results["b"] = results["c"] = 3
+        for found in (results, Results(tmp_path / "results.jsonl")):
+            old, new = found.made_by()
+            assert old == {"commit": None, "versions": None, "results": 1}
+            assert (new["commit"], new["results"]) == ("abc", 2)
+            assert new["versions"]["torch"] == torch.__version__
+
     @pytest.mark.parametrize("tail", ['{"key": {"b": 1}, "res', "{"])
     def test_a_line_that_was_cut_off_is_removed(self, tail, tmp_path):
         path = tmp_path / "results.jsonl"
@@ -445,6 +452,10 @@ class TestResults:
         before, shape = identity_of_model(folder), identity_of_model(folder, weights=False)
         (folder / "README.md").write_text("changed")
         assert identity_of_model(folder) == before == identity_of_model(tiny_model_folder())
+        code = identity_of_model(folder, trust_remote_code=True)
+        (folder / "layers.py").write_text("changed")
+        assert identity_of_model(folder) == before
+        assert identity_of_model(folder, trust_remote_code=True) != code
         weights = bytearray((folder / "model.safetensors").read_bytes())
         weights[-1] ^= 1
         (folder / "model.safetensors").write_bytes(weights)
@@ -462,5 +473,9 @@ def test_tables():
     lines = blimp_table({"m": scores}).splitlines()
     assert lines[2].startswith("| overall | 50.0 | 61.2 | 69.8 |")
     assert [line for line in lines if line.startswith("| binding | 75.0 | 64.4 |")]
-    assert blimp_table({"m": scores}, paradigms=True).splitlines()[2] == "| a | 100.0 |"
+    scores["blimp"]["paradigms"]["wh_island"] = 0.5
+    assert blimp_table({"m": scores}, paradigms=True).splitlines()[2:] == [
+        "| a | 100.0 |  |  |  |  |",
+        "| wh_island | 50.0 | 56.2 | 46.7 | 19.5 | 78.9 |",
+    ]
     json.dumps(PUBLISHED)

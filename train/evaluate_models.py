@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.utils import logging
 
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
-from hf_selfattn.tools.blimp import PUBLISHED, blimp_metrics, first_of_each_paradigm, load_blimp
+from hf_selfattn.tools.blimp import blimp_metrics, first_of_each_paradigm, load_blimp
+from hf_selfattn.tools.blimp_published import PUBLISHED
 from hf_selfattn.tools.card import hash_of_rows
 from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm
 from hf_selfattn.tools.evaluation_masked import check_fast, check_windows, masked_token_metrics, masked_word_metrics
@@ -35,7 +36,6 @@ from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite
 from hf_selfattn.tools.fast_defaults import accelerator_available, keep_memory
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model
 from hf_selfattn.tools.recipes import parse_arguments, read_recipe
-from hf_selfattn.tools.run_record import git_commit, versions
 from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
 from hf_selfattn.tools.tasks import TaskArguments
 from hf_selfattn.tools.tokenizer import check_tokenizer, open_tokenizer
@@ -188,7 +188,7 @@ def main(argv=None):
     paradigms = [blimp_table(scores, paradigms=True)] if "blimp" in data else []
     (folder / "evaluation.md").write_text("\n\n".join([*tables, *paradigms]) + "\n", encoding="utf-8")
     found = {"models": scores, "suite": suite, "published_blimp": PUBLISHED, "command": shlex.join(sys.argv),
-             "arguments": vars(arguments), "versions": versions(), "commit": git_commit()}  # fmt: skip
+             "arguments": vars(arguments), "made_by": results.made_by()}  # fmt: skip
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n\n".join(tables))
     print(f"\nWritten to {folder}: evaluation.json, evaluation.md.")

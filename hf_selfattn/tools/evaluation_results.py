@@ -7,16 +7,19 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from .blimp import PHENOMENA, PUBLISHED
+from .blimp_published import OF_PARADIGMS, PARADIGMS, PHENOMENA, PUBLISHED
 from .card import shown, table
+from .run_record import git_commit, versions
 
-FILES_OF_A_MODEL = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "vocab*", "merges.txt", "*.model")
+FILES_OF_A_MODEL = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "special_tokens_map.json",
+                    "added_tokens.json", "vocab*", "merges.txt", "*.model")  # fmt: skip
 
 
 class Results:
-    """Results in a file of JSON lines `{"key": …, "result": …}`; each is on the disk as soon as it is known.
+    """Results in a file of JSON lines with `key`, `result`, `commit`, `versions`; on the disk as soon as it is known.
 
-    A result is found by its key, a dict of JSON values with everything that it depends on.
+    A result is found by its key, a dict of JSON values: the data, models and options that it depends on. The code that
+    made it is no part of that, but is written down.
 
     Args:
         path: of the file, which is made where it is not there. A line that was cut off by a kill is removed.
@@ -35,7 +38,8 @@ class Results:
         for number, line in enumerate(filter(None, whole.split(b"\n")), 1):
             try:
                 record = json.loads(line)
-                self.known[self._name(record["key"])] = record["result"]
+                code = {name: record.get(name) for name in ("commit", "versions")}
+                self.known[self._name(record["key"])] = {"result": record["result"], **code}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number}, is no result ({error}). Delete the line, or pass another "
@@ -50,22 +54,35 @@ class Results:
         return self._name(key) in self.known
 
     def __getitem__(self, key):
-        return self.known[self._name(key)]
+        return self.known[self._name(key)]["result"]
 
     def __setitem__(self, key, result):
+        record = {"result": result, "commit": git_commit(), "versions": versions()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"key": key, **record}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.known[self._name(key)] = result
+        self.known[self._name(key)] = record
+
+    def made_by(self):
+        """[{"commit", "versions", "results"}]: with which code how many were made."""
+        found = {}
+        for record in self.known.values():
+            code = {name: record[name] for name in ("commit", "versions")}
+            found.setdefault(json.dumps(code, sort_keys=True), {**code, "results": 0})["results"] += 1
+        return list(found.values())
 
 
 def identity_of_model(name, weights=True, trust_remote_code=False):
-    """SHA-256 of a folder's configuration, tokenizer and (with `weights`) weights; of a name on the Hub its commit."""
+    """SHA-256 of a folder's configuration, tokenizer and (with `weights`) weights; of a name on the Hub its commit.
+
+    With `trust_remote_code` the folder's code counts, too.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)._commit_hash
     patterns = [x for x in FILES_OF_A_MODEL if weights or not x.endswith((".safetensors", ".bin"))]
+    patterns += ["*.py"] if trust_remote_code else []
     digest = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         with open(path, "rb") as file:
@@ -92,11 +109,14 @@ def masked_table(of_models):
 
 
 def blimp_table(of_models, paradigms=False):
-    """Accuracies in %, of {model: blimp_metrics}, overall and by phenomenon beside published ones, or by paradigm."""
+    """Accuracies in %, of {model: blimp_metrics}, beside published ones: overall and by phenomenon, or by paradigm."""
     scores = [of_model["blimp"] for of_model in of_models.values()]
     if paradigms:
         names = sorted({name for of_model in scores for name in of_model["paradigms"]})
-        return table(["", *of_models], [[n, *(percent(x["paradigms"].get(n)) for x in scores)] for n in names])
+        published = {name: [f"{figure:.1f}" for figure in figures] for name, figures in PARADIGMS.items()}
+        unknown = [""] * len(OF_PARADIGMS)
+        rows = [[n, *(percent(x["paradigms"].get(n)) for x in scores), *published.get(n, unknown)] for n in names]
+        return table(["", *of_models, *OF_PARADIGMS], rows)
     rows = [["overall", *(percent(of_model["accuracy"]) for of_model in scores)]]
     rows += [[n.replace("_", " "), *(percent(x["phenomena"].get(n)) for x in scores)] for n in PHENOMENA]
     published = [[*figures, *[""] * (len(rows) - len(figures))] for figures in PUBLISHED.values()]
