@@ -38,8 +38,9 @@ class Results:
         for number, line in enumerate(filter(None, whole.split(b"\n")), 1):
             try:
                 record = json.loads(line)
+                key, result = record["key"], record["result"]
                 code = {name: record.get(name) for name in ("commit", "versions")}
-                self.known[self._name(record["key"])] = {"result": record["result"], **code}
+                self.known[self._name(key)] = {"result": result, **code}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number}, is no result ({error}). Delete the line, or pass another "
