@@ -1,13 +1,10 @@
 import pytest
-from datasets import Dataset
 
-from hf_selfattn.tools.baselines import baseline_accuracies, majority_accuracy, tfidf_accuracy
-from hf_selfattn.tools.task_texts import TextClassification
-from hf_selfattn.tools.tasks import TaskArguments
+from hf_selfattn.tools.baselines import majority_prediction, tfidf_predictions
 
 
 def test_majority():
-    assert majority_accuracy([0, 1, 1, 2], [1, 1, 0, 2]) == 0.5
+    assert majority_prediction([0, 1, 1, 2]) == 1
 
 
 @pytest.mark.parametrize(
@@ -18,10 +15,4 @@ def test_majority():
     ],
 )
 def test_tfidf_learns_words_and_characters(train, texts):
-    assert tfidf_accuracy(train, [1, 0, 1, 0] * 5, texts, [1, 0, 0]) == 1
-
-
-def test_both_on_a_task():
-    rows = Dataset.from_dict({"text": ["good film", "bad film", "good one"] * 4, "label": ["p", "n", "p"] * 4})
-    task = TextClassification(TaskArguments(baselines=True), {"train": rows, "validation": rows})
-    assert baseline_accuracies(task, rows, rows) == {"majority": pytest.approx(2 / 3), "tfidf_logistic_regression": 1}
+    assert tfidf_predictions(train, [1, 0, 1, 0] * 5, texts).tolist() == [1, 0, 0]

@@ -15,11 +15,6 @@ def majority_prediction(train_labels):
     return values[counts.argmax()]
 
 
-def majority_accuracy(train_labels, labels):
-    """The accuracy of always answering the commonest training label."""
-    return float(np.mean(np.asarray(labels) == majority_prediction(train_labels)))
-
-
 def tfidf_predictions(train_texts, train_labels, texts):
     """Labels of `texts` by logistic regression on TF-IDF of words and word pairs.
 
@@ -33,23 +28,3 @@ def tfidf_predictions(train_texts, train_labels, texts):
     classifier = LogisticRegression(C=10, max_iter=1000)
     classifier.fit(vectorizer.fit_transform(train_texts), train_labels)
     return classifier.predict(vectorizer.transform(texts))
-
-
-def tfidf_accuracy(train_texts, train_labels, texts, labels):
-    """The accuracy of `tfidf_predictions`."""
-    return float(np.mean(tfidf_predictions(train_texts, train_labels, texts) == np.asarray(labels)))
-
-
-def baseline_accuracies(task, train, validation):
-    """{name: accuracy} on the validation rows of a text classification task."""
-    texts = {
-        name: [" ".join(str(row[column] or "") for column in task.text_columns) for row in rows]
-        for name, rows in (("train", train), ("validation", validation))
-    }
-    labels = {"train": task.targets(train), "validation": task.targets(validation)}
-    return {
-        "majority": majority_accuracy(labels["train"], labels["validation"]),
-        "tfidf_logistic_regression": tfidf_accuracy(
-            texts["train"], labels["train"], texts["validation"], labels["validation"]
-        ),
-    }
