@@ -13,10 +13,14 @@ from datasets import Dataset
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
 from hf_selfattn import SelfAttnConfig, SelfAttnForMaskedLM, SelfAttnPreTrainedModel
+from hf_selfattn.tools import packed_rows
+from hf_selfattn.tools.collators import PaddingCollator
 from hf_selfattn.tools.opening import ModelArguments, parse_overrides
 from hf_selfattn.tools.pretraining import PretrainingArguments, PretrainingScriptArguments, PretrainingTrainer
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.sources import SourceArguments
+
+from .train_scripts import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -491,6 +495,22 @@ def test_sparse_predictions_have_the_loss_and_the_gradients_of_dense_ones(stock_
         torch.testing.assert_close(sparse[1:], dense[1:])
     of_two = stock_models[0](**batch, num_items_in_batch=2).loss.item()
     assert of_two == pytest.approx(found[2][1].item() * (labels != -100).sum().item() / 2)
+
+
+def test_stock_models_get_full_rows_without_the_documents_boundaries(monkeypatch):
+    monkeypatch.setattr(packed_rows, "choose_packing", packed_rows.choose_packing)
+    monkeypatch.setattr(packed_rows.PackingCollator, "__call__", packed_rows.PackingCollator.__call__)
+    monkeypatch.setattr(ablation_variants, "sparse_predictions", lambda: None)
+    collate = packed_rows.PackingCollator(PaddingCollator(tiny_tokenizer()), 8)
+    documents = [{"input_ids": [2, 5, 3], "labels": 0}, {"input_ids": [2, 6, 7, 3], "labels": 1}]
+    before = collate(documents)
+    ablation_variants.stock()
+    assert packed_rows.choose_packing("auto", BertConfig(), None) is True
+    after = collate(documents)
+    assert set(before) - set(after) == {
+        "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # fmt: skip
+    assert after["input_ids"].tolist() == before["input_ids"].tolist()
+    assert after["attention_mask"].sum() == 7
 
 
 def test_outputs_that_begin_at_zero_leave_the_embeddings_as_they_are(monkeypatch):
