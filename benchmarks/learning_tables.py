@@ -11,23 +11,23 @@ from overlap import RESULTS as OVERLAP
 from ten_minutes import RESULTS as TEN_MINUTES
 from trainings import differing, made_with, read_results
 
-from hf_selfattn.tools.evaluation_results import blimp_table, suite_table
+from hf_selfattn.tools.evaluation_results import blimp_table, spread, suite_table
 
 STOCK, STOCK_BUDGET = "stock models: ", 2_000_000
 EVALUATIONS = {"masked_en": "masked_lm", "blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
 
 
-def spread(values: list[float], sign: str = "") -> str:
-    """The mean, and half of the distance between the lowest and the highest where there are several."""
-    half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):{sign}.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+def signed(values: list[float]) -> str:
+    """Their spread, with a sign also above 0."""
+    told = spread(values)
+    return told if told.startswith("-") else f"+{told}"
 
 
 def difference(results: list[dict], reference: list[dict]) -> str:
     """Of the losses, over the seeds that both have; empty where there are none."""
     losses, others = ({result["seed"]: result["loss"] for result in found} for found in (results, reference))
     seeds = sorted(losses.keys() & others.keys())
-    return spread([losses[seed] - others[seed] for seed in seeds], "+") if seeds else ""
+    return signed([losses[seed] - others[seed] for seed in seeds]) if seeds else ""
 
 
 def at_equal_time(pairs: list[dict]) -> tuple[str, str, str]:
@@ -35,7 +35,7 @@ def at_equal_time(pairs: list[dict]) -> tuple[str, str, str]:
     if not pairs:
         return "", "", ""
     tokens = statistics.mean(pair["tokens"] / pair["default"]["tokens"] for pair in pairs)
-    return f"{tokens:.2f}", spread([pair["loss"] - pair["default"]["loss"] for pair in pairs], "+"), str(len(pairs))
+    return f"{tokens:.2f}", signed([pair["loss"] - pair["default"]["loss"] for pair in pairs]), str(len(pairs))
 
 
 def check_alike(what: str, results: list[dict]) -> None:
@@ -123,19 +123,30 @@ def shortened(of_models: dict) -> dict:
     return names
 
 
-def masked_by_kind(of_models: dict) -> str:
-    """Masked tokens and words, the mean over the seeds of each kind of model (`ten_minutes.py` names the folders)."""
+def by_kind(of_models: dict) -> dict[str, list[dict]]:
+    """The scores of all seeds of each kind of model (`ten_minutes.py` names the folders)."""
     kinds = {}
     for name, scores in of_models.items():
         kinds.setdefault(re.sub(r"^[a-z]{2}-(.+)-\d+$", r"\1", name), []).append(scores)
+    return {f"**{kind}**" if kind == "ours" else kind: scores for kind, scores in kinds.items()}
+
+
+def masked_by_kind(of_models: dict) -> str:
+    """Masked tokens and words, means over the seeds of each kind of model."""
     lines = ["| | nats a masked token | right | bits per byte of masked words | seeds |", "|---|---:|---:|---:|---:|"]
-    for kind, scores in kinds.items():
+    for kind, scores in by_kind(of_models).items():
         nats = [each["masked_tokens"]["loss"] for each in scores]
         bits = [each["masked_words"]["bits_per_byte"] for each in scores]
         right = statistics.mean(each["masked_tokens"]["accuracy"] for each in scores)
-        kind = f"**{kind}**" if kind == "ours" else kind
         lines.append(f"| {kind} | {spread(nats)} | {right:.1%} | {spread(bits)} | {len(scores)} |")
     return "\n".join(lines)
+
+
+def blimp_by_kind(of_models: dict) -> str:
+    """BLiMP, means over the seeds of each kind of model, whose number is said."""
+    kinds = {kind: [each["blimp"] for each in scores] for kind, scores in by_kind(of_models).items()}
+    seeds = {kind: f", {len(scores)} seeds" if len(scores) > 1 else "" for kind, scores in kinds.items()}
+    return blimp_table({kind + seeds[kind]: scores for kind, scores in kinds.items()})
 
 
 def overlap() -> str:
@@ -164,7 +175,7 @@ def table_of(name: str, evaluation: dict) -> str:
             f"{name} needs {EVALUATIONS[name]}. Run train/evaluate_models.py with that among its --parts."
         )
     if measure:
-        return {"masked_tokens": masked_by_kind, "blimp": blimp_table}[measure](shortened(part))
+        return {"masked_tokens": masked_by_kind, "blimp": blimp_by_kind}[measure](shortened(part))
     return suite_table({task: {**found, "models": shortened(found["models"])} for task, found in part.items()})
 
 

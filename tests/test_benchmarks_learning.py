@@ -407,6 +407,14 @@ def evaluation(*names):
             "arguments": {"model_name_or_path": list(names)}}  # fmt: skip
 
 
+def test_blimp_of_several_seeds_is_their_mean():
+    scores = {name: {"blimp": {"accuracy": share, "phenomena": {}, "paradigms": {}}}
+              for name, share in (("en-ours-0", 0.5), ("en-ours-1", 0.7), ("en-BERT-0", 0.4))}  # fmt: skip
+    lines = learning_tables.table_of("blimp_en", {"models": scores}).splitlines()
+    assert lines[0].startswith("|  | **ours**, 2 seeds | BERT | 5-gram |")
+    assert lines[2].startswith("| overall | 60.0 ± 10.0 | 40.0 | 61.2 |")
+
+
 def test_take_keeps_an_evaluation_and_writes_its_table(work, monkeypatch):
     Path("evaluation.json").write_text(json.dumps(evaluation("/home/me/runs/mine", "runs/other/", "google/bert")))
     for name in ("blimp_en", "suite_en"):

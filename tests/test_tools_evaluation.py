@@ -469,13 +469,13 @@ def test_tables():
     assert lines[0] == "|  | m |"
     assert lines[2] == "| nats a masked token | 1.500 |"
     assert lines[-1] == "| masked words | 99 |"
-    scores = {"blimp": {"accuracy": 0.5, "phenomena": {"binding": 0.75}, "paradigms": {"a": 1.0}}}
-    lines = blimp_table({"m": scores}).splitlines()
-    assert lines[2].startswith("| overall | 50.0 | 61.2 | 69.8 |")
-    assert [line for line in lines if line.startswith("| binding | 75.0 | 64.4 |")]
-    scores["blimp"]["paradigms"]["wh_island"] = 0.5
-    assert blimp_table({"m": scores}, paradigms=True).splitlines()[2:] == [
-        "| a | 100.0 |  |  |  |  |",
-        "| wh_island | 50.0 | 56.2 | 46.7 | 19.5 | 78.9 |",
+    one = {"accuracy": 0.5, "phenomena": {"binding": 0.75}, "paradigms": {"a": 1.0, "wh_island": 0.5}}
+    other = {"accuracy": 0.6, "phenomena": {"binding": 0.25}, "paradigms": {"a": 0.5}}
+    lines = blimp_table({"m": [one], "n": [one, other]}).splitlines()
+    assert lines[2].startswith("| overall | 50.0 | 55.0 ± 5.0 | 61.2 | 69.8 |")
+    assert [line for line in lines if line.startswith("| binding | 75.0 | 50.0 | 64.4 |")]
+    assert blimp_table({"m": [one], "n": [other], "o": [one, other]}, paradigms=True).splitlines()[2:] == [
+        "| a | 100.0 | 50.0 | 75.0 |  |  |  |  |",
+        "| wh_island | 50.0 |  | 50.0 | 56.2 | 46.7 | 19.5 | 78.9 |",
     ]
     json.dumps(PUBLISHED)

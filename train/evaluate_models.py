@@ -183,15 +183,15 @@ def main(argv=None):
     scores = without_training(arguments, data, results)
     suite = fine_tuning(arguments, suite, results) if suite else {}
     tables = [masked_table(scores)] if "masked_lm" in data else []
-    tables += [blimp_table(scores)] if "blimp" in data else []
+    blimp = {name: [of_model["blimp"]] for name, of_model in scores.items() if "blimp" in data}
+    tables += [blimp_table(blimp)] if blimp else []
     tables += [suite_table(suite)] if suite else []
-    paradigms = [blimp_table(scores, paradigms=True)] if "blimp" in data else []
-    (folder / "evaluation.md").write_text("\n\n".join([*tables, *paradigms]) + "\n", encoding="utf-8")
+    pages = [*tables, *([blimp_table(blimp, paradigms=True)] if blimp else [])]
+    (folder / "evaluation.md").write_text("\n\n".join(pages) + "\n", encoding="utf-8")
     found = {"models": scores, "suite": suite, "published_blimp": PUBLISHED, "command": shlex.join(sys.argv),
              "arguments": vars(arguments), "made_by": results.made_by()}  # fmt: skip
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print("\n\n".join(tables))
-    print(f"\nWritten to {folder}: evaluation.json, evaluation.md.")
+    print("\n\n".join([*tables, f"Written to {folder}: evaluation.json, evaluation.md."]))
     return found
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import statistics
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -109,17 +110,30 @@ def masked_table(of_models):
     return table(["", *of_models], rows)
 
 
+def spread(values, digits=3):
+    """The mean, and half of the distance between the lowest and the highest where there are several."""
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
 def blimp_table(of_models, paradigms=False):
-    """Accuracies in %, of {model: blimp_metrics}, beside published ones: overall and by phenomenon, or by paradigm."""
-    scores = [of_model["blimp"] for of_model in of_models.values()]
+    """Accuracies in %, beside published ones: overall and by phenomenon, or by paradigm.
+
+    Args:
+        of_models: {model: [blimp_metrics of each of its trainings]}; means, overall with their spread.
+    """
+
+    def means(part, name):
+        found = [[each[part][name] for each in seeds if name in each[part]] for seeds in of_models.values()]
+        return [percent(statistics.mean(values)) if values else "" for values in found]
+
     if paradigms:
-        names = sorted({name for of_model in scores for name in of_model["paradigms"]})
+        names = sorted({name for seeds in of_models.values() for each in seeds for name in each["paradigms"]})
         published = {name: [f"{figure:.1f}" for figure in figures] for name, figures in PARADIGMS.items()}
-        unknown = [""] * len(OF_PARADIGMS)
-        rows = [[n, *(percent(x["paradigms"].get(n)) for x in scores), *published.get(n, unknown)] for n in names]
+        rows = [[n, *means("paradigms", n), *published.get(n, [""] * len(OF_PARADIGMS))] for n in names]
         return table(["", *of_models, *OF_PARADIGMS], rows)
-    rows = [["overall", *(percent(of_model["accuracy"]) for of_model in scores)]]
-    rows += [[n.replace("_", " "), *(percent(x["phenomena"].get(n)) for x in scores)] for n in PHENOMENA]
+    overall = [spread([100 * each["accuracy"] for each in seeds], digits=1) for seeds in of_models.values()]
+    rows = [["overall", *overall], *([n.replace("_", " "), *means("phenomena", n)] for n in PHENOMENA)]
     published = [[*figures, *[""] * (len(rows) - len(figures))] for figures in PUBLISHED.values()]
     rows = [[*row, *figures] for row, *figures in zip(rows, *published, strict=True)]
     return table(["", *of_models, *PUBLISHED], rows)
