@@ -76,6 +76,17 @@ def test_seconds_before_the_training_are_part_of_its_minutes(tmp_path):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("budget", [{"max_steps": 5}, {"max_tokens": 2500}], ids=["steps", "tokens"])
+def test_what_was_used_is_known_at_the_end_though_the_last_log_was_before(budget, tmp_path):
+    trainer = make_trainer(tmp_path, logging_steps=4, **budget)
+    seen = batches_of(trainer)
+    trainer.train()
+    used = trainer.progress.used()
+    assert used["tokens_used"] == sum(counted(seen[: trainer.state.global_step])) > logs_of(trainer)[-1]["tokens"]
+    assert used["minutes"] == trainer.progress.seconds / 60 > 0
+    assert trainer.progress.used() == used
+
+
 def test_what_the_log_says(tmp_path):
     """Each number against a count by hand; without dropout an evaluation of the same batch finds the same tokens."""
     trainer = make_trainer(tmp_path, max_steps=6, logging_steps=2, per_device_train_batch_size=5)

@@ -435,6 +435,9 @@ def test_muon_a_token_budget_and_a_falling_masking_rate(corpus, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["Progress"]["attributes"]["totals"]["tokens"] >= 4000
+    used = [json.loads((tmp_path / name / "all_results.json").read_text())["train_tokens_used"]
+            for name in ("whole", "stopped")]  # fmt: skip
+    assert used[0] == used[1] >= 4000
     timed = ["--max_minutes", "1", "--lr_scheduler_type", "warmup_stable_decay", "--decay_steps", "0.4"]
     with pytest.raises(ValueError, match=r"--mlm_probability_end 0.1 .* minutes are known when they have passed"):
         script("pretrain").main(["--mlm_probability_end", "0.1", *timed, "--output_dir", str(tmp_path)])
