@@ -85,8 +85,9 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.models or written["models"]:
             of_model = written["models"][name]
+            of_model = {**written["models"].get(of_model.get("like"), {}), **of_model}
             common = recipe if of_model.get("recipe") else {**written["stock"], **kept}
-            options = options_of({**common, **text, **written["all"]}, {**of_model, "recipe": None})
+            options = options_of({**common, **text, **written["all"]}, {**of_model, "recipe": None, "like": None})
             asked = (arguments.language, name, seed, arguments.minutes)
             keys = ("language", "model", "seed", "minutes")
             done = [each for each in found if tuple(each[key] for key in keys) == asked]
