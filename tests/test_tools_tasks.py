@@ -389,6 +389,12 @@ class TestQuestionAnswering:
             "3 of 3 answers do not stand at their answer_start (row 0 is one); they are treated as not in the text."
         ]
 
+    def test_blanks_round_a_question_are_left_out(self):
+        plain, blanks = (self.splits(question=[text] * 3) for text in ("who?", " " * 500 + "who?\n"))
+        of_plain, of_blanks = (features_of(QuestionAnswering(TaskArguments(), splits), splits["train"], length=40)
+                               for splits in (plain, blanks))  # fmt: skip
+        assert of_blanks["input_ids"] == of_plain["input_ids"]
+
     def test_bad_columns_are_refused(self):
         with pytest.raises(ValueError, match=r"there is no column 'answers'. Columns there: .*"):
             QuestionAnswering(TaskArguments(), splits_of({"question": ["a"], "context": ["b"]}))

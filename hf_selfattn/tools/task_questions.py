@@ -91,7 +91,8 @@ class QuestionAnswering(Task):
             self.report_lost(rows)
 
         def encode(batch, indices):
-            questions = encoder.ids(batch[self.question_column])
+            # Without blanks at its ends: a question of SQuAD has 25,000 of them.
+            questions = encoder.ids([question.strip() for question in batch[self.question_column]])
             contexts = encoder.tokenizer(
                 batch[self.context_column], add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
