@@ -62,7 +62,7 @@ def run_beside_the_default(row: str, seed: int, options: dict, default: dict, da
     """The numbers of a row, with those of the default (`default`: its options) that trained at the same time."""
     sides, few = ((row, options), ("default", default)), {"max_train_samples": 2000, "max_eval_samples": 50}
     for name, each in sides:
-        trial = options_of(each, {**few, "max_minutes": None, "max_steps": 3, "logging_steps": 1})
+        trial = options_of(each, {**few, "max_minutes": None, "max_steps": 3})
         run(name, seed, trial, data, threads)
     with ThreadPoolExecutor(len(sides)) as pool:
         found, beside = pool.map(lambda side: run(side[0], seed, side[1], data, threads), sides)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -82,7 +81,7 @@ def start(command: list[str], threads: int) -> float:
 
 
 def numbers_of(folder: Path) -> tuple[dict, list[dict]]:
-    """(scores, tokens, minutes, speed, commit and versions; the log of the training) of a finished run."""
+    """(scores, tokens, minutes, steps, commit and versions; the log of the training) of a finished run."""
     scores, record, state = (
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in ("all_results.json", "run.json", "trainer_state.json")
@@ -90,7 +89,6 @@ def numbers_of(folder: Path) -> tuple[dict, list[dict]]:
     log = [entry for entry in state["log_history"] if "loss" in entry]
     numbers = {
         **{name: scores[f"eval_{name}"] for name in SCORES},
-        "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in log),
         "tokens": scores["train_tokens_used"],
         "minutes": scores["train_minutes"],
         "steps": state["global_step"],

@@ -182,6 +182,14 @@ def test_numbers_of_a_run_are_those_of_its_end(work, monkeypatch, pretraining):
     assert f"{work}/a.parquet" in command
 
 
+def test_a_run_that_ends_before_the_first_log_has_its_numbers(work, pretraining):
+    state = Path("out/trainer_state.json")
+    trainings.start(["train", "--output_dir", "out"], 1)
+    state.write_text(json.dumps({"log_history": [{"eval_loss": 4.0}], "global_step": 3}))
+    numbers, log = trainings.numbers_of(Path("out"))
+    assert (numbers["tokens"], numbers["steps"], ablations.curve_of(log)) == (1024, 3, [])
+
+
 def test_ten_minutes_train_for_their_minutes_after_a_trial(work, monkeypatch, pretraining):
     arguments = argparse.Namespace(language="en", minutes=10, threads=2, data=work)
     found = ten_minutes.run("ours", {"max_minutes": 3, "train_file": ["DATA/a"]}, 1, arguments)
