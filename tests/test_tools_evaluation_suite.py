@@ -10,9 +10,10 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM
 
+from hf_selfattn.tools.baselines import baselines_of_task
 from hf_selfattn.tools.evaluation_results import Results, suite_table
-from hf_selfattn.tools.evaluation_suite import METRICS, SuiteModel, metric_of, read_suite, run_suite, suite_baselines
-from hf_selfattn.tools.scoring import score
+from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite
+from hf_selfattn.tools.scoring import METRICS, score
 from hf_selfattn.tools.task_choices import MultipleChoice
 from hf_selfattn.tools.task_texts import TextClassification, TextRegression
 from hf_selfattn.tools.task_tokens import TokenClassification
@@ -204,23 +205,23 @@ class TestBaselines:
     def test_labels_of_texts_by_any_metric(self):
         rows = Dataset.from_dict({"text": ["good film", "bad film", "good one"] * 4, "label": ["p", "n", "p"] * 4})
         task = TextClassification(TaskArguments(), {"train": rows, "validation": rows})
-        assert suite_baselines(task, rows, rows, "accuracy") == {
+        assert baselines_of_task(task, rows, rows, "accuracy") == {
             "majority": pytest.approx(2 / 3), "tfidf_logistic_regression": 1.0}  # fmt: skip
-        assert suite_baselines(task, rows, rows, "matthews_correlation") == {
+        assert baselines_of_task(task, rows, rows, "matthews_correlation") == {
             "majority": 0.0, "tfidf_logistic_regression": pytest.approx(1.0)}  # fmt: skip
 
     def test_pairs_with_numbers(self):
         pairs = [("the cat", "the cat", 5.0), ("the cat sees", "the cat", 4.0), ("a dog", "music", 0.0)]
         rows = Dataset.from_list([{"sentence1": a, "sentence2": b, "label": c} for a, b, c in pairs])
         task = TextRegression(TaskArguments(), {"train": rows, "validation": rows})
-        assert suite_baselines(task, rows, rows, "spearmanr") == {"tfidf_cosine": pytest.approx(1.0)}
+        assert baselines_of_task(task, rows, rows, "spearmanr") == {"tfidf_cosine": pytest.approx(1.0)}
 
     def test_labels_of_words(self):
         train = Dataset.from_list([{"tokens": ["a", "b", "a", "c"], "tags": ["X", "Y", "Z", "X"]},
                                    {"tokens": ["a"], "tags": ["Z"]}, {"tokens": ["d"], "tags": ["X"]}])  # fmt: skip
         validation = Dataset.from_list([{"tokens": ["a", "b", "new", "c"], "tags": ["Z", "Y", "X", "Y"]}])
         task = TokenClassification(TaskArguments(), {"train": train, "validation": validation})
-        assert suite_baselines(task, train, validation, "accuracy") == {
+        assert baselines_of_task(task, train, validation, "accuracy") == {
             "majority": 0.25,
             "commonest_of_each_word": 0.75,
         }
@@ -230,13 +231,13 @@ class TestBaselines:
         rows = Dataset.from_list([{"tokens": list("abacdab"), "tags": tags}])
         task = TokenClassification(TaskArguments(), {"train": rows, "validation": rows})
         # By its commonest labels, c d alone is a chunk: found, and all that is found is one.
-        assert suite_baselines(task, rows, rows, "f1") == {
+        assert baselines_of_task(task, rows, rows, "f1") == {
             "majority": 0.0, "commonest_of_each_word": pytest.approx(2 / 3)}  # fmt: skip
 
     def test_others_have_none(self):
         rows = Dataset.from_list([{"context": "a", "ending0": "b", "ending1": "c", "label": 1}])
         task = MultipleChoice(TaskArguments(), {"train": rows, "validation": rows})
-        assert suite_baselines(task, rows, rows, "accuracy") == {}
+        assert baselines_of_task(task, rows, rows, "accuracy") == {}
 
     def test_a_metric_that_such_labels_do_not_have_is_refused(self):
         several = Dataset.from_dict({"text": ["a", "b"], "label": [["p", "n"], ["n"]]})
@@ -249,7 +250,7 @@ class TestBaselines:
         ):
             task = kind(TaskArguments(), {"train": rows, "validation": rows})
             with pytest.raises(ValueError, match=f"the labels of this {task.name} one of {known}; .* is '{metric}'"):
-                suite_baselines(task, rows, rows, metric)
+                baselines_of_task(task, rows, rows, metric)
 
 
 def test_the_metrics_are_those_that_the_tasks_compute():

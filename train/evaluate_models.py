@@ -26,13 +26,14 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.utils import logging
 
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
+from hf_selfattn.tools.baselines import baselines_of_task
 from hf_selfattn.tools.blimp import blimp_metrics, first_of_each_paradigm, load_blimp
 from hf_selfattn.tools.blimp_published import PUBLISHED
 from hf_selfattn.tools.card import hash_of_rows
 from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm
 from hf_selfattn.tools.evaluation_masked import check_fast, check_windows, masked_token_metrics, masked_word_metrics
 from hf_selfattn.tools.evaluation_results import Results, blimp_table, identity_of_model, masked_table, suite_table
-from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite, suite_baselines
+from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite
 from hf_selfattn.tools.fast_defaults import accelerator_available, keep_memory
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model
 from hf_selfattn.tools.recipes import parse_arguments, read_recipe
@@ -150,7 +151,7 @@ def baselines_of(recipe):
     task = make_task(options, splits)
     splits = sampled(splits, source, seed)
     metric = metric_of(read_recipe(recipe))
-    return suite_baselines(task, splits["train"], splits["validation"], metric)
+    return baselines_of_task(task, splits["train"], splits["validation"], metric)
 
 
 def fine_tuning(arguments, suite, results):

@@ -21,10 +21,10 @@ from pathlib import Path
 from transformers import set_seed
 
 import hf_selfattn  # noqa: F401  registers the model with the Auto classes
+from hf_selfattn.tools.baselines import baselines_of_task
 from hf_selfattn.tools.card import hash_of_rows, write_card
 from hf_selfattn.tools.checkpoints import checkpoint_to_resume, prepare_output_dir
 from hf_selfattn.tools.curve import draw_training_curve
-from hf_selfattn.tools.evaluation_suite import suite_baselines
 from hf_selfattn.tools.fast_defaults import log_kernel
 from hf_selfattn.tools.opening import (
     ModelArguments,
@@ -172,7 +172,7 @@ def report(trainer, task, source, model_arguments, scores, splits):
     metrics = {name.removeprefix("eval_"): value for name, value in scores.items() if name not in (*own, "epoch")}
     baselines = {}
     if task.arguments.baselines:
-        baselines = suite_baselines(task, splits["train"], splits["validation"], "accuracy")
+        baselines = baselines_of_task(task, splits["train"], splits["validation"], "accuracy")
         trainer.save_metrics("baselines", {f"{name}_accuracy": value for name, value in baselines.items()})
     draw_training_curve(trainer.state.log_history, folder / "training_curve.png", f"eval_{task.best_metric}")
     sizes = {split: len(rows) for split, rows in splits.items()}

@@ -7,34 +7,19 @@ examples in the same order.
 
 import shutil
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import yaml
-from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, set_seed
 
-from .baselines import majority_prediction, tfidf_predictions
-from .labels import names_in
 from .opening import parse_overrides
 from .recipes import nearest, read_recipe
-from .scoring import score
+from .scoring import METRICS, check_metric
 from .tokenizer import open_tokenizer, save_tokenizer
-
-METRICS = {
-    "text-classification": (("accuracy", "f1", "matthews_correlation"), ("accuracy", "f1_micro", "f1_macro")),
-    "text-regression": (("pearsonr", "spearmanr"),),
-    "token-classification": (("accuracy", "f1"), ("accuracy", "f1", "precision", "recall")),
-    "question-answering": (("f1", "exact_match"),),
-    "multiple-choice": (("accuracy",),),
-}
-"""Of each kind of task those of which more is better, the usual one first; then the same where a text has several
-labels, or labels of words make chunks (B-, I-)."""
 
 
 class SuiteModel(NamedTuple):
@@ -95,7 +80,7 @@ def read_suite(folders, names=None, data=None, overrides=None):
             raise ValueError(
                 f"A recipe of the suite says its task, one of {', '.join(METRICS)}; {name!r} has {kind!r}."
             )
-        _check_metric(metric_of(recipe), dict.fromkeys(chain(*METRICS[kind])), f"{name!r} ({kind})")
+        check_metric(metric_of(recipe), dict.fromkeys(chain(*METRICS[kind])), f"{name!r} ({kind})")
         if data is not None:
             path = Path(data, name)
             if not path.is_dir():
@@ -112,14 +97,6 @@ def metric_of(recipe):
     """By which a task is reported: its recipe's `metric_for_best_model`, or the usual one of its kind."""
     named = recipe.get("metric_for_best_model")
     return METRICS[recipe["task"]][0][0] if named in (None, "task") else str(named).removeprefix("eval_")
-
-
-def _check_metric(metric, known, what):
-    if metric not in known:
-        raise ValueError(
-            f"The suite reports a metric of which more is better, for {what} one of {', '.join(known)}; its "
-            f"metric_for_best_model is {metric!r}.{nearest(metric, known)} Name one of these, or leave it out."
-        )
 
 
 def fresh_weights(model, seed, folder, **code):
@@ -200,57 +177,3 @@ def _fine_tuned(finetune, recipe, task, model, seed, folder):
         shutil.rmtree(output, ignore_errors=True)
         if model.from_scratch:
             shutil.rmtree(start, ignore_errors=True)
-
-
-def suite_baselines(task, train, validation, metric):
-    """{name: score} of what a model has to beat on a task (of finetune.py), by the same metric.
-
-    Labels of texts: the commonest, and logistic regression on TF-IDF. Numbers for pairs: the cosine of their TF-IDF
-    vectors (not trained). Labels of words: the commonest, and the commonest of each word. Others have none.
-
-    Raises:
-        ValueError: the metric is none of a task with such labels.
-    """
-    several = getattr(task, "multi_label", False) or getattr(task, "is_chunks", False)
-    _check_metric(metric, METRICS[task.name][several], f"the labels of this {task.name}")
-    if task.name == "text-classification" and not task.multi_label:
-        labels, wanted = np.array(task.targets(train)), np.array(task.targets(validation))
-        texts, others = (_joined(task, rows) for rows in (train, validation))
-        predictions = {
-            "majority": np.full(len(wanted), majority_prediction(labels)),
-            "tfidf_logistic_regression": tfidf_predictions(texts, labels, others),
-        }
-        compute = task.compute_metrics(validation, {"example": np.arange(len(wanted))})
-        one_hot = np.eye(len(task.label_names))
-        return {name: compute(SimpleNamespace(predictions=one_hot[p]))[metric] for name, p in predictions.items()}
-    if task.name == "text-regression" and len(task.text_columns) == 2:
-        vectorizer = TfidfVectorizer(sublinear_tf=True).fit(list(task.texts(train)))
-        sides = [vectorizer.transform([text or "" for text in validation[column]]) for column in task.text_columns]
-        cosine = np.asarray(sides[0].multiply(sides[1]).sum(1)).reshape(-1)
-        return {"tfidf_cosine": score(metric, cosine, task.targets(validation))[metric]}
-    if task.name == "token-classification":
-        return _word_baselines(task, train, validation, metric)
-    return {}
-
-
-def _joined(task, rows):
-    return [" ".join(str(row[column] or "") for column in task.text_columns) for row in rows]
-
-
-def _word_baselines(task, train, validation, metric):
-    def labelled(rows):
-        return [list(zip(*row, strict=True)) for row in zip(rows[task.word_column], names_in(rows, task.label_column),
-                                                            strict=True)]  # fmt: skip
-
-    of_word, overall = defaultdict(Counter), Counter()
-    for word, label in chain.from_iterable(labelled(train)):
-        of_word[word][label] += 1
-        overall[label] += 1
-    commonest = overall.most_common(1)[0][0]
-    best = {word: counts.most_common(1)[0][0] for word, counts in of_word.items()}
-    rows = labelled(validation)
-    answers = {
-        "majority": [[commonest for _ in row] for row in rows],
-        "commonest_of_each_word": [[best.get(word, commonest) for word, _ in row] for row in rows],
-    }
-    return {name: task.score(tags, validation)[metric] for name, tags in answers.items()}
