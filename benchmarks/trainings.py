@@ -81,7 +81,7 @@ def start(command: list[str], threads: int) -> float:
 
 
 def numbers_of(folder: Path) -> tuple[dict, list[dict]]:
-    """(scores, tokens, minutes, steps, commit and versions; the log of the training) of a finished run."""
+    """(scores, tokens, minutes, steps, precision, commit, versions; the log of the training) of a finished run."""
     scores, record, state = (
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in ("all_results.json", "run.json", "trainer_state.json")
@@ -92,6 +92,7 @@ def numbers_of(folder: Path) -> tuple[dict, list[dict]]:
         "tokens": scores["train_tokens_used"],
         "minutes": scores["train_minutes"],
         "steps": state["global_step"],
+        "precision": next((name for name in ("bf16", "fp16") if record["training_arguments"][name]), "fp32"),
         "commit": record.get("commit"),
         "versions": record.get("versions"),
     }

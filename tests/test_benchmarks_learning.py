@@ -161,7 +161,8 @@ def pretraining(monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         scores = {f"eval_{name}": 4.0 for name in trainings.SCORES} | {"train_tokens_used": 1024, "train_minutes": 0.5}
         log = [{"loss": 6.0, "tokens": 1000, "tokens_per_second": 9.0, "minutes": 0.4}, {"eval_loss": 4.0}]
-        for name, content in (("all_results", scores), ("run", {"commit": "abc", "versions": {"torch": "2"}}),
+        record = {"commit": "abc", "versions": {"torch": "2"}, "training_arguments": {"bf16": True, "fp16": False}}
+        for name, content in (("all_results", scores), ("run", record),
                               ("trainer_state", {"log_history": log, "global_step": 8})):  # fmt: skip
             (folder / f"{name}.json").write_text(json.dumps(content))
         return argparse.Namespace(returncode=0)
@@ -177,6 +178,7 @@ def test_numbers_of_a_run_are_those_of_its_end(work, monkeypatch, pretraining):
     assert (kept["tokens"], kept["minutes"], kept["steps"], kept["commit"]) == (1024, 0.5, 8, "abc")
     assert (kept["loss"], kept["unigram_loss"], kept["curve"]) == (4.0, 4.0, [[1000, 6.0]])
     assert (kept["threads"], kept["inputs"], kept["versions"]) == (3, INPUTS, {"torch": "2"})
+    assert kept["precision"] == "bf16"
     ((command, threads),) = pretraining
     assert threads == "3"
     assert f"{work}/a.parquet" in command
