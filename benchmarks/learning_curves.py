@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of the trainings that are drawn")
     arguments = parser.parse_args()
     asked = (arguments.language, arguments.minutes)
-    found = [result for result in read_results(RESULTS) if (result["language"], result["minutes"]) == asked]
+    found = [result for result in read_results(RESULTS) if (result["language"], result["budget"]) == asked]
     if not found:
         parser.error(
             f"{RESULTS} has nothing for --language {arguments.language} --minutes {arguments.minutes:g}. Run "

@@ -24,10 +24,12 @@ def signed(values: list[float]) -> str:
 
 
 def difference(results: list[dict], reference: list[dict]) -> str:
-    """Of the losses, over the seeds that both have; empty where there are none."""
-    losses, others = ({result["seed"]: result["loss"] for result in found} for found in (results, reference))
-    seeds = sorted(losses.keys() & others.keys())
-    return signed([losses[seed] - others[seed] for seed in seeds]) if seeds else ""
+    """Of the losses, over the seeds that both have in the same precision; empty where there are none."""
+    losses, others = (
+        {(result["seed"], result["precision"]): result["loss"] for result in found} for found in (results, reference)
+    )
+    pairs = sorted(losses.keys() & others.keys())
+    return signed([losses[pair] - others[pair] for pair in pairs]) if pairs else ""
 
 
 def at_equal_time(pairs: list[dict]) -> tuple[str, str, str]:
@@ -46,11 +48,10 @@ def check_alike(what: str, results: list[dict]) -> None:
             raise ValueError(f"{what} has results with different options: {differ}. Remove the lines that are old.")
 
 
-def results_by_row(path: Path, rows: Path, **budget: float) -> dict[str, list[dict]]:
-    """{row: results} of all rows with `tokens` or `time` (minutes) for each."""
-    ((equal, amount),) = budget.items()
+def results_by_row(path: Path, rows: Path, equal: str, budget: float) -> dict[str, list[dict]]:
+    """{row: results} of all rows with that many "tokens" or minutes ("time") for each."""
     found = {row: [] for row in read_rows(rows)[1]}
-    results = [result for result in read_results(path) if (result["equal"], result["budget"]) == (equal, amount)]
+    results = [result for result in read_results(path) if (result["equal"], result["budget"]) == (equal, budget)]
     for row in dict.fromkeys(result["row"] for result in results if result["row"] not in found):
         print(f"{row!r} is in {path} and no longer in {rows}: left out.")
     for result in results:
@@ -65,14 +66,14 @@ def cells(results: list[dict]) -> tuple[str, str, str]:
     """Nats, accuracy, seeds; empty without results."""
     if not results:
         return "", "", ""
-    accuracy = statistics.mean(result["accuracy"] for result in results)
-    return spread([result["loss"] for result in results]), f"{accuracy:.1%}", str(len(results))
+    accuracy, seeds = statistics.mean(result["accuracy"] for result in results), {result["seed"] for result in results}
+    return spread([result["loss"] for result in results]), f"{accuracy:.1%}", str(len(seeds))
 
 
 def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:
     """Every row that was run at the default's budget, against the default, at equal tokens and at equal time."""
-    found = results_by_row(path, rows, tokens=read_rows(rows)[0]["max_tokens"])
-    timed = results_by_row(path, rows, time=MINUTES)
+    found = results_by_row(path, rows, "tokens", read_rows(rows)[0]["max_tokens"])
+    timed = results_by_row(path, rows, "time", MINUTES)
     reference = found["default"]
     lines = [
         "| | nats | against the default | accuracy | seeds | at equal time: tokens | against the default | seeds |",
@@ -88,7 +89,7 @@ def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:
 
 def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
     """The stock models at a larger budget."""
-    found = results_by_row(path, rows, tokens=STOCK_BUDGET)
+    found = results_by_row(path, rows, "tokens", STOCK_BUDGET)
     lines = ["| | nats | accuracy | seeds |", "|---|---:|---:|---:|"]
     for row, results in found.items():
         if row.startswith(STOCK) and results:
@@ -98,7 +99,7 @@ def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
 
 def ten_minutes(language: str, path: Path = TEN_MINUTES) -> str:
     """Ours and the stock models after the same minutes."""
-    found = [result for result in read_results(path) if (result["language"], result["minutes"]) == (language, 10)]
+    found = [result for result in read_results(path) if (result["language"], result["budget"]) == (language, 10)]
     lines = ["| | nats | accuracy | bits per byte | tokens, millions | seeds |", "|---|---:|---:|---:|---:|---:|"]
     for name in dict.fromkeys(result["model"] for result in found):
         results = [result for result in found if result["model"] == name]

@@ -118,6 +118,16 @@ TABLES = {
 }
 
 
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+    for name, table in TABLES.items():
+        place = re.compile(rf"<!-- {name} -->\n.*?<!-- -->", re.DOTALL)
+        if place.search(text):
+            made = f"<!-- {name} -->\n{table()}\n<!-- -->"
+            text = place.sub(lambda _, made=made: made, text)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", nargs=2, metavar=("FILE", "TABLE"), help=f"TABLE: {', '.join(EVALUATIONS)}")
@@ -128,13 +138,7 @@ def main() -> None:
             parser.error(f"--take knows no table {name!r}. There are {', '.join(EVALUATIONS)}.")
         print(f"written: {take(Path(source), name)}")
     for page in filter(Path.is_file, PAGES):
-        text = page.read_text(encoding="utf-8")
-        for name, table in TABLES.items():
-            place = re.compile(rf"<!-- {name} -->\n.*?<!-- -->", re.DOTALL)
-            if place.search(text):
-                made = f"<!-- {name} -->\n{table()}\n<!-- -->"
-                text = place.sub(lambda _, made=made: made, text)
-        page.write_text(text, encoding="utf-8")
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
         print(f"written: {page}")
 
 

@@ -36,6 +36,17 @@ RESULTS = Path("benchmarks/results/ten_minutes.jsonl")
 KEPT = ("loss", "tokens", "minutes", "tokens_per_second")
 
 
+def options_of_model(written: dict, name: str, language: str) -> dict:
+    """Options of train/pretrain.py for a model of benchmarks/ten_minutes.yaml (`written`)."""
+    recipe = yaml.safe_load(Path(written["recipe"]).read_text(encoding="utf-8"))
+    of_model = written["models"][name]
+    of_model = {**written["models"].get(of_model.get("like"), {}), **of_model}
+    kept = {key: recipe[key] for key in ("mlm_probability", "max_seq_length") if key in recipe}
+    common = recipe if of_model.get("recipe") else {**written["stock"], **kept}
+    shared = {**common, **written["languages"][language], **written["all"]}
+    return options_of(shared, {**of_model, "recipe": None, "like": None})
+
+
 def run(name: str, options: dict, seed: int, arguments: argparse.Namespace) -> dict:
     """The numbers of one training."""
     folder = Path("runs/ten-minutes", f"{arguments.language}-{name}-{seed}")
@@ -55,7 +66,7 @@ def run(name: str, options: dict, seed: int, arguments: argparse.Namespace) -> d
         "threads": arguments.threads,
         "options": options,
         **numbers,
-        "minutes": arguments.minutes,
+        "budget": arguments.minutes,
         "curve": {"columns": KEPT, "rows": rows},
         "before_clock": before_clock,
         "load": load,
@@ -77,19 +88,14 @@ def main() -> None:
         if unknown := [each for each in given if each not in written[f"{what}s"]]:
             parser.error(f"no such {what}: {unknown[0]!r}. There are {', '.join(written[f'{what}s'])}.")
     text = written["languages"][arguments.language]
-    recipe = yaml.safe_load(Path(written["recipe"]).read_text(encoding="utf-8"))
-    kept = {key: recipe[key] for key in ("mlm_probability", "max_seq_length") if key in recipe}
     found, runs = read_results(arguments.output), []
     tokenizer_seconds = make_tokenizer(text, arguments.data)
     inputs = inputs_of(text, arguments.data)
     for seed in arguments.seeds:
         for name in arguments.models or written["models"]:
-            of_model = written["models"][name]
-            of_model = {**written["models"].get(of_model.get("like"), {}), **of_model}
-            common = recipe if of_model.get("recipe") else {**written["stock"], **kept}
-            options = options_of({**common, **text, **written["all"]}, {**of_model, "recipe": None, "like": None})
+            options = options_of_model(written, name, arguments.language)
             asked = (arguments.language, name, seed, arguments.minutes)
-            keys = ("language", "model", "seed", "minutes")
+            keys = ("language", "model", "seed", "budget")
             done = [each for each in found if tuple(each[key] for key in keys) == asked]
             now = {"threads": arguments.threads, **options, **inputs}
             if is_done(f"{name!r}, {arguments.language}, seed {seed}, {arguments.minutes:g} minutes,", done, now):

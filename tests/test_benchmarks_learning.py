@@ -13,7 +13,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
 
-from hf_selfattn import SelfAttnConfig, SelfAttnForMaskedLM, SelfAttnPreTrainedModel
+from hf_selfattn import POSITIONS, SelfAttnConfig, SelfAttnForMaskedLM, SelfAttnPreTrainedModel
 from hf_selfattn.tools import packed_rows
 from hf_selfattn.tools.collators import PaddingCollator
 from hf_selfattn.tools.opening import ModelArguments, parse_overrides
@@ -69,7 +69,8 @@ def result(row="default", seed=0, loss=4.0, equal="tokens", budget=1000, **chang
     shared = {"max_tokens": budget} if equal == "tokens" else {"max_tokens": None, "max_minutes": budget}
     options = trainings.options_of({**default, **shared}, {**rows.get(row, {}), **changes})
     return {"row": row, "seed": seed, "options": options, "loss": loss, "accuracy": 0.25, "tokens": 1000,
-            "equal": equal, "budget": budget, "threads": 1, "inputs": INPUTS, **MASKED}  # fmt: skip
+            "equal": equal, "budget": budget, "threads": 1, "precision": "bf16", "inputs": INPUTS,
+            **MASKED}  # fmt: skip
 
 
 def pair(row, seed=0, loss=4.0, tokens=2000, minutes=ablations.MINUTES, **changes):
@@ -80,7 +81,7 @@ def pair(row, seed=0, loss=4.0, tokens=2000, minutes=ablations.MINUTES, **change
 
 def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", **options):
     curve = {"columns": ["loss", "tokens", "minutes"], "rows": [[5.0, 10, 0.5], [4.0, 20, 1.0]]}
-    run = {"language": language, "model": model, "seed": seed, "minutes": minutes, "threads": 2, "options": options}
+    run = {"language": language, "model": model, "seed": seed, "budget": minutes, "threads": 2, "options": options}
     return {**run, "inputs": INPUTS, "loss": loss, "accuracy": 0.25, "tokens": 2_000_000, "curve": curve, **MASKED}
 
 
@@ -195,7 +196,7 @@ def test_a_run_that_ends_before_the_first_log_has_its_numbers(work, pretraining)
 def test_ten_minutes_train_for_their_minutes_after_a_trial(work, monkeypatch, pretraining):
     arguments = argparse.Namespace(language="en", minutes=10, threads=2, data=work)
     found = ten_minutes.run("ours", {"max_minutes": 3, "train_file": ["DATA/a"]}, 1, arguments)
-    assert (found["tokens"], found["minutes"], found["seed"], found["loss"]) == (1024, 10, 1, 4.0)
+    assert (found["tokens"], found["budget"], found["minutes"], found["seed"]) == (1024, 10, 0.5, 1)
     assert found["curve"]["rows"] == [[6.0, 1000, 0.4, 9.0]]
     trial, run = (command for command, _ in pretraining)
     assert "--max_minutes" not in trial
@@ -220,8 +221,27 @@ def test_every_row_of_the_real_file_can_be_started(row, monkeypatch):
     _, model, _, training = parse_arguments(classes, words[words.index("train/pretrain.py") + 1 :])
     assert training.seed == 0
     changes = parse_overrides(model.config_overrides)
-    AutoConfig.for_model(changes.pop("model_type", "selfattn"), **changes)
+    config = AutoConfig.for_model(changes.pop("model_type", "selfattn"), **changes)
     assert options.get("variant", "stock") in ablation_variants.VARIANTS
+    if config.model_type == "selfattn" and config.position_encoding == "rotary":
+        first = POSITIONS["rotary"].from_config(config, 0).first_biases(config)
+        assert (first is None) == ("without first places" in row[0])  # a row that changes two things says so
+
+
+@pytest.mark.parametrize("name", yaml.safe_load((ROOT / ten_minutes.MODELS).read_text(encoding="utf-8"))["models"])
+def test_every_model_of_the_ten_minutes_can_be_started(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "train")
+    written = yaml.safe_load(ten_minutes.MODELS.read_text(encoding="utf-8"))
+    options = ten_minutes.options_of_model(written, name, "en")
+    words = trainings.command_of(options, Path("data"), 0, "out")
+    classes = [SourceArguments, ModelArguments, PretrainingArguments, PretrainingScriptArguments]
+    _, model, text, training = parse_arguments(classes, words[words.index("train/pretrain.py") + 1 :])
+    changes = parse_overrides(model.config_overrides)
+    config = AutoConfig.for_model(changes.pop("model_type", "selfattn"), **changes)
+    assert (config.num_hidden_layers, config.hidden_size, text.max_seq_length) == (4, 256, 128)
+    assert (training.optim, text.mlm_probability) == ("adamw_torch_fused", 0.4)
+    assert training.lr_scheduler_type == "linear"
 
 
 def test_ctrl_c_ends_the_runs_that_wait(work, monkeypatch):
@@ -261,7 +281,7 @@ def test_what_is_done_is_not_run_again(work):
     chosen.pop("default")
     timed = planned(chosen, default, [0, 1], found, ablations.MINUTES)
     assert [run[:2] for run in timed] == [("rate: slow", 0)]
-    assert [run[:2] for run in planned(chosen, default, [1], found, 7.0)] == [("rate: slow", 1)]
+    assert [run[:2] for run in planned(chosen, default, [1], found, 60.0)] == [("rate: slow", 1)]
 
 
 @pytest.mark.parametrize(("done", "minutes"), [(result, None), (pair, ablations.MINUTES)])
@@ -341,9 +361,12 @@ def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
 def test_spread_and_difference():
     assert learning_tables.spread([4.0]) == "4.000"
     assert learning_tables.spread([4.0, 4.5, 4.1]) == "4.200 ± 0.250"
-    some, others = [{"seed": s, "loss": 4.0 + s} for s in (0, 1)], [{"seed": s, "loss": 3.5} for s in (1, 2)]
+    some = [result(seed=seed, loss=4.0 + seed) for seed in (0, 1)]
+    others = [result(seed=seed, loss=3.5) for seed in (1, 2)]
     assert learning_tables.difference(some, others) == "+1.500"
-    assert learning_tables.difference(some, [{"seed": 0, "loss": 3.0}, *others]) == "+1.250 ± 0.250"
+    assert learning_tables.difference(some, [result(loss=3.0), *others]) == "+1.250 ± 0.250"
+    # Another precision is another measurement:
+    assert learning_tables.difference(some, [{**result(loss=3.0), "precision": "fp32"}, *others]) == "+1.500"
     assert learning_tables.difference(some, others[1:]) == learning_tables.difference(some, []) == ""
 
 
@@ -442,6 +465,14 @@ def test_take_keeps_an_evaluation_and_writes_its_table(work, monkeypatch):
     assert "| mine from scratch |" in page
 
 
+@pytest.mark.parametrize("page", tables.PAGES, ids=str)
+def test_the_tables_of_a_page_are_those_of_the_results(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- -->" in text
+    assert tables.filled(text) == text
+
+
 def test_masked_tokens_are_means_over_the_seeds_of_a_model():
     def scores(value):
         part = {"loss": value, "accuracy": value / 10, "bits_per_byte": value / 2}
@@ -476,9 +507,10 @@ def test_take_refuses_an_unknown_table(work, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("steps", "expected"), [([10, 20], 15.0), ([9], 9.0)], ids=["two", "none"])
 def test_averaged_weights_are_the_mean_of_the_steps_that_fell_into_the_share(steps, expected):
-    trainer = argparse.Namespace(progress=argparse.Namespace(share=lambda: 1.0))
+    share = iter([0.5, 0.79, *[0.8, 1.0][-len(steps) :]])
+    trainer = argparse.Namespace(progress=argparse.Namespace(share=lambda: next(share)))
     model, average = torch.nn.Linear(2, 1), ablation_variants.Average(trainer, 0.2)
-    for step in steps:
+    for step in (90, 100, *steps):
         torch.nn.init.constant_(model.weight, step)
         average.on_step_end(None, argparse.Namespace(global_step=step), None, model=model)
     average.on_train_end(None, None, None, model=model)

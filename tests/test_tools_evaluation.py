@@ -422,8 +422,9 @@ class TestResults:
         (tmp_path / "results.jsonl").write_text('{"key": {"a": 1}, "result": 2}\n')
         monkeypatch.setattr(evaluation_results, "git_commit", lambda: "abc")
         results = Results(tmp_path / "results.jsonl")
-        results["b"] = results["c"] = 3
+        results["b"] = results["c"] = results["another model's"] = 3
         for found in (results, Results(tmp_path / "results.jsonl")):
+            assert [found[key] for key in ({"a": 1}, "b", "c", "c")] == [2, 3, 3, 3]
             old, new = found.made_by()
             assert old == {"commit": None, "versions": None, "results": 1}
             assert (new["commit"], new["results"]) == ("abc", 2)

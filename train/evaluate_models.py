@@ -17,7 +17,9 @@ evaluation.json. What is done stands in results.jsonl: the same command goes on 
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from finetune import FinetuningArguments, make_task, sampled
@@ -30,39 +32,30 @@ from hf_selfattn.tools.baselines import baselines_of_task
 from hf_selfattn.tools.blimp import blimp_metrics, first_of_each_paradigm, load_blimp
 from hf_selfattn.tools.blimp_published import PUBLISHED
 from hf_selfattn.tools.card import hash_of_rows
-from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm
+from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm, read_texts
 from hf_selfattn.tools.evaluation_masked import check_fast, check_windows, masked_token_metrics, masked_word_metrics
 from hf_selfattn.tools.evaluation_results import Results, blimp_table, identity_of_model, masked_table, suite_table
 from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite
 from hf_selfattn.tools.fast_defaults import accelerator_available, keep_memory
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model
 from hf_selfattn.tools.recipes import parse_arguments, read_recipe
-from hf_selfattn.tools.sources import SourceArguments, find_text_column, load_source, take
+from hf_selfattn.tools.sources import SourceArguments, load_source
 from hf_selfattn.tools.tasks import TaskArguments
 from hf_selfattn.tools.tokenizer import check_tokenizer, open_tokenizer
 
 RECIPES = Path(__file__).parent / "recipes" / "suite"
-TEXT = {"dataset_name": "Salesforce/wikitext", "dataset_config_name": "wikitext-2-raw-v1"}
 
 
-def read_texts(arguments):
-    """The Dataset of masked_lm's documents, with one column `text`."""
-    named = {"dataset_name": arguments.dataset_name, "dataset_config_name": arguments.dataset_config_name}
-    if arguments.dataset_name is None and not arguments.validation_file:
-        named = TEXT
-    source = SourceArguments(
-        **named,
-        train_file=arguments.validation_file,
-        train_split="train" if arguments.validation_file else arguments.validation_split,
-        text_unit=arguments.text_unit,
-    )
-    rows = load_source(source, evaluate=False)["train"]
-    column = find_text_column(rows, arguments.text_column)
-    rows = take(rows, arguments.max_eval_samples, arguments.seed)
-    return rows.select_columns([column]).rename_columns({} if column == "text" else {column: "text"})
+class Measure(NamedTuple):
+    """`function(model, tokenizer, rows, **options)`, by the part that it belongs to."""
+
+    function: Callable
+    part: str
+    rows: Any
+    options: dict
 
 
-def without_training(arguments, data, results):
+def measure_pretrained(arguments, data, results):
     """{model: scores} of the parts masked_lm and blimp."""
     how = {"dtype": DTYPES[arguments.dtype], "tokens_per_batch": arguments.tokens_per_batch}
     if arguments.disable_tqdm:
@@ -72,10 +65,10 @@ def without_training(arguments, data, results):
     if "masked_lm" in data:
         texts = data["masked_lm"]["text"][:]
         tokens, words = {"max_seq_length": arguments.max_seq_length}, {"window_bytes": arguments.window_bytes}
-        measures["masked_tokens"] = (masked_token_metrics, "masked_lm", texts, {**masks, **tokens})
-        measures["masked_words"] = (masked_word_metrics, "masked_lm", texts, {**masks, **words})
+        measures["masked_tokens"] = Measure(masked_token_metrics, "masked_lm", texts, {**masks, **tokens})
+        measures["masked_words"] = Measure(masked_word_metrics, "masked_lm", texts, {**masks, **words})
     if "blimp" in data:
-        measures["blimp"] = (blimp_metrics, "blimp", data["blimp"], {})
+        measures["blimp"] = Measure(blimp_metrics, "blimp", data["blimp"], {})
     hashes = {part: hash_of_rows(rows) for part, rows in data.items()}
     keys, scores = {}, {}
     for name in arguments.model_name_or_path:
@@ -83,19 +76,19 @@ def without_training(arguments, data, results):
         about = {"model": name, "identity": identity_of_model(name, trust_remote_code=arguments.trust_remote_code)}
         about |= {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
         keys[name] = {
-            measure: {"part": measure, **about, "data": hashes[part], "dtype": arguments.dtype, **options}
-            for measure, (_, part, _, options) in measures.items()
+            name_of: {"part": name_of, **about, "data": hashes[x.part], "dtype": arguments.dtype, **x.options}
+            for name_of, x in measures.items()
         }
         if any(key not in results for key in keys[name].values()):
             check_model(name, arguments, data["masked_lm"]["text"][:] if "masked_lm" in data else None)
     for name, of_model in keys.items():
         opened, scores[name] = None, {}
-        for measure, key in of_model.items():
-            function, _, rows, options = measures[measure]
+        for measured, key in of_model.items():
+            function, _, rows, options = measures[measured]
             if key not in results:
                 opened = opened or open_for(name, arguments)
                 results[key] = function(*opened, rows, **options, **how)
-            scores[name][measure] = results[key]
+            scores[name][measured] = results[key]
     return scores
 
 
@@ -181,7 +174,7 @@ def main(argv=None):
         suite = read_suite(recipes, arguments.suite_tasks, arguments.suite_data, arguments.overrides_of_suite)
     folder = Path(arguments.output_dir)
     results = Results(folder / "results.jsonl")
-    scores = without_training(arguments, data, results)
+    scores = measure_pretrained(arguments, data, results)
     suite = fine_tuning(arguments, suite, results) if suite else {}
     tables = [masked_table(scores)] if "masked_lm" in data else []
     blimp = {name: [of_model["blimp"]] for name, of_model in scores.items() if "blimp" in data}

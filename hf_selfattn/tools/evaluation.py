@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from .opening import check_source_of_model
+from .sources import SourceArguments, find_text_column, load_source, take
 from .tokenizer import check_tokenizer, open_tokenizer
 from .windows import positions_of
 
+WIKITEXT = {"dataset_name": "Salesforce/wikitext", "dataset_config_name": "wikitext-2-raw-v1"}
 PARTS = ("masked_lm", "blimp", "suite")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,6 +76,23 @@ class EvaluationArguments:
         kernel, code = self.attn_implementation, self.trust_remote_code
         changes = (self.suite_overrides, kernel and f"attn_implementation={kernel}", code and "trust_remote_code=True")
         return ",".join(filter(None, changes))
+
+
+def read_texts(arguments):
+    """The Dataset of masked_lm's documents, with one column `text`."""
+    named = {"dataset_name": arguments.dataset_name, "dataset_config_name": arguments.dataset_config_name}
+    if arguments.dataset_name is None and not arguments.validation_file:
+        named = WIKITEXT
+    source = SourceArguments(
+        **named,
+        train_file=arguments.validation_file,
+        train_split="train" if arguments.validation_file else arguments.validation_split,
+        text_unit=arguments.text_unit,
+    )
+    rows = load_source(source, evaluate=False)["train"]
+    column = find_text_column(rows, arguments.text_column)
+    rows = take(rows, arguments.max_eval_samples, arguments.seed)
+    return rows.select_columns([column]).rename_columns({} if column == "text" else {column: "text"})
 
 
 def open_masked_lm(arguments):

@@ -60,7 +60,7 @@ def masked_token_metrics(
 ):
     """Loss (nats a token), accuracy and bits per byte of 15 % of the tokens, each replaced by the mask token.
 
-    The number with which pretrain.py evaluates the same texts with the same seed.
+    The number with which pretrain.py evaluates the same texts, with its --eval_masks_seed.
 
     Args:
         model, tokenizer: of `open_masked_lm`.

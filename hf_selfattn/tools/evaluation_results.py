@@ -12,7 +12,7 @@ from .blimp_published import OF_PARADIGMS, PARADIGMS, PHENOMENA, PUBLISHED
 from .card import shown, table
 from .run_record import git_commit, versions
 
-FILES_OF_A_MODEL = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "special_tokens_map.json",
+FILES_OF_A_MODEL = ("config.json", "*.safetensors", "*model*.bin", "tokenizer*", "special_tokens_map.json",
                     "added_tokens.json", "vocab*", "merges.txt", "*.model")  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class Results:
     """
 
     def __init__(self, path):
-        self.path, self.known = Path(path), {}
+        self.path, self.known, self.asked = Path(path), {}, {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         whole, _, cut_off = self.path.read_bytes().rpartition(b"\n")
@@ -56,7 +56,9 @@ class Results:
         return self._name(key) in self.known
 
     def __getitem__(self, key):
-        return self.known[self._name(key)]["result"]
+        name = self._name(key)
+        self.asked[name] = self.known[name]
+        return self.known[name]["result"]
 
     def __setitem__(self, key, result):
         record = {"result": result, "commit": git_commit(), "versions": versions()}
@@ -67,9 +69,9 @@ class Results:
         self.known[self._name(key)] = record
 
     def made_by(self):
-        """[{"commit", "versions", "results"}]: with which code how many were made."""
+        """[{"commit", "versions", "results"}]: with which code how many were made, of those that were read."""
         found = {}
-        for record in self.known.values():
+        for record in self.asked.values():
             code = {name: record[name] for name in ("commit", "versions")}
             found.setdefault(json.dumps(code, sort_keys=True), {**code, "results": 0})["results"] += 1
         return list(found.values())
@@ -146,8 +148,10 @@ def suite_table(suite):
     def cell(scores):
         if scores is None:
             return ""
-        spread = f" ({percent(scores['lowest'])} to {percent(scores['highest'])})" if len(scores["values"]) > 1 else ""
-        return percent(scores["median"]) + spread
+        between = (
+            f" ({percent(scores['lowest'])} to {percent(scores['highest'])})" if len(scores["values"]) > 1 else ""
+        )
+        return percent(scores["median"]) + between
 
     rows = []
     for name, task in suite.items():

@@ -135,7 +135,8 @@ def run_suite(finetune, baselines, hash_of_data, suite, models, seeds, results, 
     about = {}
     for task, scores in found.items():
         recipe = _write_recipe(folder / f"{task}-baselines.yaml", suite[task])
-        about[task] = {"task": task, "recipe": suite[task], "data": hash_of_data(recipe)}
+        options = {name: x for name, x in suite[task].items() if name not in ("dataset_name", "dataset_config_name")}
+        about[task] = {"task": task, "recipe": options, "data": hash_of_data(recipe)}  # wherever they are
         key = {"part": "baselines", **about[task]}
         if key not in results:
             results[key] = baselines(recipe)
@@ -150,11 +151,11 @@ def run_suite(finetune, baselines, hash_of_data, suite, models, seeds, results, 
         value /= 100 if suite[task]["task"] == "question-answering" else 1
         found[task]["models"][model.label].append(value)
     for scores in found.values():
-        scores["models"] = {label: _spread(values) for label, values in scores["models"].items()}
+        scores["models"] = {label: median_and_range(values) for label, values in scores["models"].items()}
     return found
 
 
-def _spread(values):
+def median_and_range(values):
     return {"values": values, "median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
