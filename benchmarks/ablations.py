@@ -36,7 +36,7 @@ from trainings import (
     start,
 )
 
-MINUTES = 7  # of --equal_time: about what the default's million tokens take where bf16 is not in hardware
+MINUTES = 5  # of --equal_time
 
 
 def curve_of(log: list[dict], points: int = 40) -> list[list]:
