@@ -3,16 +3,17 @@
     python benchmarks/tables.py
     python benchmarks/tables.py --take runs/scores/evaluation.json blimp_en      # what evaluate_models.py found, first
 
-Each table stands between a comment with its name and an empty comment.
+Each table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
 
 import argparse
 import functools
 import json
-import re
 from pathlib import Path
 
 from learning_tables import EVALUATIONS, ablations, evaluated, overlap, stock_search, take, ten_minutes
+
+from hf_selfattn.tools.tables import write_tables
 
 RESULTS = Path("benchmarks/results")
 PAGES = (*map(Path, ("docs/performance.md", "docs/recipes.md", "docs/results.md")), Path("README.md"))
@@ -118,16 +119,6 @@ TABLES = {
 }
 
 
-def filled(text: str) -> str:
-    """A page with its tables made anew."""
-    for name, table in TABLES.items():
-        place = re.compile(rf"<!-- {name} -->\n.*?<!-- -->", re.DOTALL)
-        if place.search(text):
-            made = f"<!-- {name} -->\n{table()}\n<!-- -->"
-            text = place.sub(lambda _, made=made: made, text)
-    return text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", nargs=2, metavar=("FILE", "TABLE"), help=f"TABLE: {', '.join(EVALUATIONS)}")
@@ -138,7 +129,7 @@ def main() -> None:
             parser.error(f"--take knows no table {name!r}. There are {', '.join(EVALUATIONS)}.")
         print(f"written: {take(Path(source), name)}")
     for page in filter(Path.is_file, PAGES):
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(write_tables(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
         print(f"written: {page}")
 
 

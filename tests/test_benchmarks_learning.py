@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from hf_selfattn.tools.opening import ModelArguments, parse_overrides
 from hf_selfattn.tools.pretraining import PretrainingArguments, PretrainingScriptArguments, PretrainingTrainer
 from hf_selfattn.tools.recipes import parse_arguments
 from hf_selfattn.tools.sources import SourceArguments
+from hf_selfattn.tools.tables import TABLES, write_tables
 
 from .train_scripts import tiny_tokenizer
 
@@ -453,11 +455,11 @@ def test_blimp_of_several_seeds_is_their_mean():
 def test_take_keeps_an_evaluation_and_writes_its_table(work, monkeypatch):
     Path("evaluation.json").write_text(json.dumps(evaluation("/home/me/runs/mine", "runs/other/", "google/bert")))
     for name in ("blimp_en", "suite_en"):
-        Path("README.md").write_text(f"before\n<!-- {name} -->\nold\n<!-- -->\nafter\n")
+        Path("README.md").write_text(f"before\n<!-- table: {name} -->\nold\n<!-- end of table -->\nafter\n")
         start(monkeypatch, tables, "--take", "evaluation.json", name)
         page = Path("README.md").read_text()
-        assert page.startswith(f"before\n<!-- {name} -->\n| ")
-        assert page.endswith("|\n<!-- -->\nafter\n")
+        assert page.startswith(f"before\n<!-- table: {name} -->\n| ")
+        assert page.endswith("|\n<!-- end of table -->\nafter\n")
         assert "old" not in page
         assert " | mine | other | bert | " in page
         kept = Path("benchmarks/results", f"{name}.json").read_text()
@@ -469,8 +471,8 @@ def test_take_keeps_an_evaluation_and_writes_its_table(work, monkeypatch):
 def test_the_tables_of_a_page_are_those_of_the_results(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = page.read_text(encoding="utf-8")
-    assert "<!-- -->" in text
-    assert tables.filled(text) == text
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) & set(tables.TABLES)
+    assert write_tables(text, tables.TABLES) == text
 
 
 def test_masked_tokens_are_means_over_the_seeds_of_a_model():
@@ -642,3 +644,9 @@ def test_overlap_counts_passages_of_a_text():
     passages = overlap.passages_of([" ".join(words)], size=13)
     assert len(passages) == 8
     assert set(overlap.found_in(passages, ["x " + " ".join(words[4:18])])) == {tuple(words[4:17]), tuple(words[5:18])}
+
+
+def test_every_table_that_a_page_marks_is_made():
+    known = {*tables.TABLES, *TABLES}
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert set(re.findall(r"<!-- table: (\w+) -->", page.read_text(encoding="utf-8"))) <= known, page.name

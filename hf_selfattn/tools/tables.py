@@ -5,9 +5,11 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
 
+import functools
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_selfattn import KERNELS, PATTERNS, POSITIONS, SCORES, SelfAttnConfig, unsupported_reasons
@@ -63,25 +65,16 @@ def _kernel_row(label: str, options: dict, **known) -> str | None:
     return f"| {label} | {' | '.join(cells)} |" if any(found) else None
 
 
-def tables() -> dict[str, str]:
-    """All tables by name."""
-    return {**{choice: choices_table(choice) for choice in CHOICES}, "kernels": kernels_table()}
+TABLES = {**{choice: functools.partial(choices_table, choice) for choice in CHOICES}, "kernels": kernels_table}
 
 
-def write_tables(text: str) -> str:
-    """The text with every marked table written anew.
-
-    Raises:
-        ValueError: for a marker with an unknown name.
-    """
-    made = tables()
+def write_tables(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    """The text with its marked tables made anew; those that are not among `tables` stay as they are."""
 
     def table(match: re.Match) -> str:
-        if match[1] not in made:
-            raise ValueError(f"There is no table {match[1]!r}. Known are: {', '.join(made)}.")
-        return f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end of table -->"
+        return f"{match[1]}{tables[match[2]]()}{match[3]}" if match[2] in tables else match[0]
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end of table -->)", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
