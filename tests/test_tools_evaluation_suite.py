@@ -38,7 +38,7 @@ class Trainings:
         if len(self.recipes) == self.killed_after:
             raise KeyboardInterrupt
         self.recipes.append(yaml.safe_load(Path(argv[0]).read_text()))
-        seed, value = self.recipes[-1]["seed"], len(self.recipes[-1]["model_name_or_path"]) % 7 / 10
+        seed, value = self.recipes[-1]["seed"], {"path/x": 0.6}.get(self.recipes[-1]["model_name_or_path"], 0.0)
         Path(self.recipes[-1]["output_dir"]).mkdir()
         return {
             "eval_accuracy": value + [0.1, 0.3, 0.0][seed],
@@ -50,10 +50,12 @@ class Trainings:
 class TestSuite:
     MODELS = (SuiteModel("x", "path/x", "1"), SuiteModel("yy", "path/yy", "2"))
 
-    def run(self, folder, trainings, models=MODELS, seeds=(0, 1, 2), data="rows"):
+    def run(self, folder, trainings, models=MODELS, seeds=(0, 1, 2), data="rows", where="on/hub"):
         tasks = {"a": "text-classification", "b": "question-answering", "cola": "text-classification"}
         suite, results = read_suite([recipes(folder, **tasks)]), Results(folder / "results.jsonl")
         suite["cola"]["metric_for_best_model"] = "matthews_correlation"
+        for recipe in suite.values():
+            recipe["dataset_name"] = where
         runs = folder / "runs"
         functions = trainings, lambda recipe: {"majority": 0.4}, lambda recipe: data
         return run_suite(*functions, suite, models, seeds, results, runs, False)
@@ -103,6 +105,12 @@ class TestSuite:
         again = Trainings()
         self.run(tmp_path, again, seeds=[0], data="other rows")
         assert len(again.recipes) == 6
+
+    def test_a_task_whose_data_were_moved_is_not(self, tmp_path):
+        found = self.run(tmp_path, Trainings(), seeds=[0])
+        again = Trainings()
+        assert self.run(tmp_path, again, seeds=[0], where="another/folder") == found
+        assert not again.recipes
 
     def test_fresh_weights_of_a_name_on_the_hub_have_a_recipe_of_their_own(self, tmp_path):
         name = tiny_model_folder()
