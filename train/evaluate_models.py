@@ -76,19 +76,19 @@ def measure_pretrained(arguments, data, results):
         about = {"model": name, "identity": identity_of_model(name, trust_remote_code=arguments.trust_remote_code)}
         about |= {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
         keys[name] = {
-            name_of: {"part": name_of, **about, "data": hashes[x.part], "dtype": arguments.dtype, **x.options}
-            for name_of, x in measures.items()
+            what: {"part": what, **about, "data": hashes[measure.part], "dtype": arguments.dtype, **measure.options}
+            for what, measure in measures.items()
         }
         if any(key not in results for key in keys[name].values()):
             check_model(name, arguments, data["masked_lm"]["text"][:] if "masked_lm" in data else None)
     for name, of_model in keys.items():
         opened, scores[name] = None, {}
-        for measured, key in of_model.items():
-            function, _, rows, options = measures[measured]
+        for what, key in of_model.items():
+            measure = measures[what]
             if key not in results:
                 opened = opened or open_for(name, arguments)
-                results[key] = function(*opened, rows, **options, **how)
-            scores[name][measured] = results[key]
+                results[key] = measure.function(*opened, measure.rows, **measure.options, **how)
+            scores[name][what] = results[key]
     return scores
 
 
