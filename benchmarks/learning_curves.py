@@ -1,6 +1,6 @@
 """Draws how ours and the stock models learned in ten minutes: docs/ten_minutes_en.png from the results.
 
-    python benchmarks/learning_curves.py
+    python benchmarks/learning_curves.py --precision fp32
     python benchmarks/learning_curves.py --language zh
 
 The loss in training (of the tokens asked for, some of which are not replaced by [MASK]) against tokens and against
@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", default="en")
     parser.add_argument("--minutes", type=float, default=10, help="of the trainings that are drawn")
+    parser.add_argument("--precision", help="of these trainings; to be said where the results have several")
     arguments = parser.parse_args()
     asked = (arguments.language, arguments.minutes)
     found = [result for result in read_results(RESULTS) if (result["language"], result["budget"]) == asked]
@@ -59,6 +60,11 @@ def main() -> None:
             f"{RESULTS} has nothing for --language {arguments.language} --minutes {arguments.minutes:g}. Run "
             "benchmarks/ten_minutes.py first."
         )
+    there = {result["precision"] for result in found}
+    if len(there) > 1 and arguments.precision not in there:
+        parser.error(f"the trainings are of several machines: pass --precision, one of {', '.join(sorted(there))}.")
+    if len(there) > 1:
+        found = [result for result in found if result["precision"] == arguments.precision]
     length = "ten" if arguments.minutes == 10 else f"{arguments.minutes:g}"
     picture = Path(f"docs/{length}_minutes_{arguments.language}.png")
     draw(found).savefig(picture, dpi=120)

@@ -98,16 +98,21 @@ def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
 
 
 def ten_minutes(language: str, path: Path = TEN_MINUTES) -> str:
-    """Ours and the stock models after the same minutes."""
-    found = [result for result in read_results(path) if (result["language"], result["budget"]) == (language, 10)]
-    lines = ["| | nats | accuracy | bits per byte | tokens, millions | seeds |", "|---|---:|---:|---:|---:|---:|"]
-    for name in dict.fromkeys(result["model"] for result in found):
-        results = [result for result in found if result["model"] == name]
-        check_alike(f"{path}: {name!r}, {language},", results)
+    """Ours and the stock models after the same minutes, by precision: those of one stem from one machine."""
+    kinds = {}
+    for result in read_results(path):
+        if (result["language"], result["budget"]) == (language, 10):
+            kinds.setdefault((result["precision"], result["model"]), []).append(result)
+    lines = [
+        "| | precision | nats | accuracy | bits per byte | tokens, millions | seeds |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for (precision, name), results in sorted(kinds.items(), key=lambda kind: kind[0][0], reverse=True):
+        check_alike(f"{path}: {name!r}, {language}, {precision},", results)
         nats, accuracy, seeds = cells(results)
         bits, tokens = (statistics.mean(result[key] for result in results) for key in ("bits_per_byte", "tokens"))
         name = f"**{name}**" if name == "ours" else name
-        lines.append(f"| {name} | {nats} | {accuracy} | {bits:.3f} | {tokens / 1e6:.1f} | {seeds} |")
+        lines.append(f"| {name} | {precision} | {nats} | {accuracy} | {bits:.3f} | {tokens / 1e6:.1f} | {seeds} |")
     return "\n".join(lines)
 
 

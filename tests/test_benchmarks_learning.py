@@ -81,10 +81,11 @@ def pair(row, seed=0, loss=4.0, tokens=2000, minutes=ablations.MINUTES, **change
     return result(row, seed, loss, "time", minutes, **changes) | {"default": default, "tokens": tokens}
 
 
-def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", **options):
+def trained(model="ours", seed=0, loss=4.0, minutes=10, language="en", precision="bf16", **options):
     curve = {"columns": ["loss", "tokens", "minutes"], "rows": [[5.0, 10, 0.5], [4.0, 20, 1.0]]}
     run = {"language": language, "model": model, "seed": seed, "budget": minutes, "threads": 2, "options": options}
-    return {**run, "inputs": INPUTS, "loss": loss, "accuracy": 0.25, "tokens": 2_000_000, "curve": curve, **MASKED}
+    numbers = {"loss": loss, "accuracy": 0.25, "tokens": 2_000_000, "precision": precision, **MASKED}
+    return {**run, "inputs": INPUTS, **numbers, "curve": curve}
 
 
 def write(path, results):
@@ -241,7 +242,7 @@ def test_every_model_of_the_ten_minutes_can_be_started(name, monkeypatch):
     _, model, text, training = parse_arguments(classes, words[words.index("train/pretrain.py") + 1 :])
     changes = parse_overrides(model.config_overrides)
     config = AutoConfig.for_model(changes.pop("model_type", "selfattn"), **changes)
-    layers = {"ours-3-layers": 3, "ours-2-layers": 2}.get(name, 4)
+    layers = {"ours": 2, "ours-3-layers": 3, "ModernBERT-2-layers": 2}.get(name, 4)
     assert (config.num_hidden_layers, config.hidden_size, text.max_seq_length) == (layers, 256, 128)
     assert (training.optim, text.mlm_probability) == ("adamw_torch_fused", 0.4)
     assert training.lr_scheduler_type == "linear"
@@ -416,10 +417,12 @@ def test_tables_do_not_average_results_with_different_options(work):
 def test_ten_minutes_table(work):
     write(ten_minutes.RESULTS, [
         trained(), trained(seed=1, loss=4.5), trained("BERT"), trained(minutes=1, loss=9), trained(language="zh"),
+        trained("BERT", precision="fp32", loss=6.0),
     ])  # fmt: skip
     table = learning_tables.ten_minutes("en")
-    assert cells_of(table, "**ours**") == ["4.250 ± 0.250", "25.0%", "2.000", "2.0", "2"]
-    assert cells_of(table, "BERT")[0] == "4.000"
+    assert cells_of(table, "**ours**") == ["bf16", "4.250 ± 0.250", "25.0%", "2.000", "2.0", "2"]
+    assert cells_of(table, "BERT")[:2] == ["fp32", "6.000"]
+    assert table.splitlines()[-1].startswith("| BERT | bf16 | 4.000 |")
 
 
 def test_curves_label_every_model_and_keep_minutes_apart(work, monkeypatch, capsys):
@@ -434,6 +437,17 @@ def test_curves_label_every_model_and_keep_minutes_apart(work, monkeypatch, caps
     with pytest.raises(SystemExit):
         start(monkeypatch, learning_curves, "--minutes", 3)
     assert "nothing for --language en --minutes 3" in capsys.readouterr().err
+
+
+def test_curves_are_of_one_precision(work, monkeypatch, capsys):
+    write(ten_minutes.RESULTS, [trained(), trained("BERT", precision="fp32")])
+    drawn, draw = [], learning_curves.draw
+    monkeypatch.setattr(learning_curves, "draw", lambda found: drawn.append(found) or draw(found))
+    start(monkeypatch, learning_curves, "--precision", "fp32")
+    assert [result["model"] for result in drawn[0]] == ["BERT"]
+    with pytest.raises(SystemExit):
+        start(monkeypatch, learning_curves)
+    assert "pass --precision, one of bf16, fp32" in capsys.readouterr().err
 
 
 def evaluation(*names):
