@@ -32,6 +32,7 @@ from trainings import (
     make_tokenizer,
     numbers_of,
     options_of,
+    precision_here,
     read_results,
     start,
 )
@@ -95,7 +96,10 @@ def main() -> None:
                 if row in arguments.row or row.split(":")[0] in arguments.group}  # fmt: skip
     if arguments.max_tokens:
         default["max_tokens"] = arguments.max_tokens
-    minutes, failed, found = arguments.equal_time, [], read_results(arguments.output)
+    minutes, failed, precision = arguments.equal_time, [], precision_here()
+    if minutes is not None and minutes <= 0:
+        parser.error(f"--equal_time is a number of minutes above 0, got {minutes:g}.")
+    found = [result for result in read_results(arguments.output) if result["precision"] == precision]
     if minutes and arguments.workers > 1:
         parser.error("--equal_time trains a row and the default side by side already: leave --workers out.")
     make_tokenizer(default, arguments.data)

@@ -60,11 +60,12 @@ def main() -> None:
             f"{RESULTS} has nothing for --language {arguments.language} --minutes {arguments.minutes:g}. Run "
             "benchmarks/ten_minutes.py first."
         )
-    there = {result["precision"] for result in found}
-    if len(there) > 1 and arguments.precision not in there:
-        parser.error(f"the trainings are of several machines: pass --precision, one of {', '.join(sorted(there))}.")
-    if len(there) > 1:
-        found = [result for result in found if result["precision"] == arguments.precision]
+    there = sorted({result["precision"] for result in found})
+    if arguments.precision is None and len(there) > 1:
+        parser.error(f"the trainings are of several machines: pass --precision, one of {', '.join(there)}.")
+    if arguments.precision not in (None, *there):
+        parser.error(f"the trainings are in {', '.join(there)}, not in --precision {arguments.precision}.")
+    found = [result for result in found if arguments.precision in (None, result["precision"])]
     length = "ten" if arguments.minutes == 10 else f"{arguments.minutes:g}"
     picture = Path(f"docs/{length}_minutes_{arguments.language}.png")
     draw(found).savefig(picture, dpi=120)

@@ -23,13 +23,18 @@ def signed(values: list[float]) -> str:
     return told if told.startswith("-") else f"+{told}"
 
 
+def one_a_seed(results: list[dict]) -> list[dict]:
+    """Where a seed was run in bf16 and in fp32, its bf16."""
+    kept = {result["seed"]: result for result in sorted(results, key=lambda result: result["precision"], reverse=True)}
+    return [kept[seed] for seed in sorted(kept)]
+
+
 def difference(results: list[dict], reference: list[dict]) -> str:
     """Of the losses, over the seeds that both have in the same precision; empty where there are none."""
-    losses, others = (
-        {(result["seed"], result["precision"]): result["loss"] for result in found} for found in (results, reference)
-    )
-    pairs = sorted(losses.keys() & others.keys())
-    return signed([losses[pair] - others[pair] for pair in pairs]) if pairs else ""
+    losses = {(result["seed"], result["precision"]): result["loss"] for result in reference}
+    pairs = one_a_seed([result for result in results if (result["seed"], result["precision"]) in losses])
+    values = [result["loss"] - losses[result["seed"], result["precision"]] for result in pairs]
+    return signed(values) if values else ""
 
 
 def at_equal_time(pairs: list[dict]) -> tuple[str, str, str]:
@@ -66,8 +71,9 @@ def cells(results: list[dict]) -> tuple[str, str, str]:
     """Nats, accuracy, seeds; empty without results."""
     if not results:
         return "", "", ""
-    accuracy, seeds = statistics.mean(result["accuracy"] for result in results), {result["seed"] for result in results}
-    return spread([result["loss"] for result in results]), f"{accuracy:.1%}", str(len(seeds))
+    results = one_a_seed(results)
+    accuracy = statistics.mean(result["accuracy"] for result in results)
+    return spread([result["loss"] for result in results]), f"{accuracy:.1%}", str(len(results))
 
 
 def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:

@@ -6,11 +6,12 @@
 
 For each seed the models of benchmarks/ten_minutes.yaml train one after another, each a run of train/pretrain.py;
 nothing else should run on the machine. Ours is train/recipes/cpu-10-minutes.yaml; the stock models have the learning
-rate and the batch that are best of those that were tried (the rows "stock models" of ablations.py, and
+rate and the batch that are best of those that were tried (the rows "stock models" of ablations.py, in
 docs/results.md), the recipe's masking rate, logits at masked places alone, and full rows. The tokenizer, and a first
 start of each model, in which torch compiles, come before the clock; `tokenizer_seconds` (null: not known) and
 `before_clock` have their seconds. Models are kept in runs/ten-minutes for train/evaluate_models.py, and results are
-appended to benchmarks/results/ten_minutes.jsonl; what stands there with the same options is not run again.
+appended to benchmarks/results/ten_minutes.jsonl; what stands there with the same options and in this machine's
+precision (bf16 or fp32) is not run again.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from trainings import (
     make_tokenizer,
     numbers_of,
     options_of,
+    precision_here,
     read_results,
     start,
 )
@@ -88,7 +90,8 @@ def main() -> None:
         if unknown := [each for each in given if each not in written[f"{what}s"]]:
             parser.error(f"no such {what}: {unknown[0]!r}. There are {', '.join(written[f'{what}s'])}.")
     text = written["languages"][arguments.language]
-    found, runs = read_results(arguments.output), []
+    precision, runs = precision_here(), []
+    found = [result for result in read_results(arguments.output) if result["precision"] == precision]
     tokenizer_seconds = make_tokenizer(text, arguments.data)
     inputs = inputs_of(text, arguments.data)
     for seed in arguments.seeds:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from hf_selfattn.tools.fast_defaults import accelerator_available, bf16_in_hardware
+
 RECIPE = Path("train/recipes/cpu-10-minutes.yaml")
 SCORES = ("loss", "accuracy", "bits_per_byte", "masked_tokens", "unigram_loss")
 
@@ -111,6 +113,11 @@ def read_results(path: Path) -> list[dict]:
                 "another --output."
             ) from error
     return found
+
+
+def precision_here() -> str:
+    """In which pretrain.py trains here where nothing is said: what `precision` of its results will be."""
+    return "bf16" if bf16_in_hardware(not accelerator_available())[0] else "fp32"
 
 
 def append_result(path: Path, result: dict) -> None:

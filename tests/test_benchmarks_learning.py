@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -58,6 +59,8 @@ def work(tmp_path, monkeypatch):
     Path("a.parquet").write_text("a")
     Path("tokenizer/tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0}}}))
     ablation_plan.ROWS.write_text(yaml.safe_dump({"default": DEFAULT, "groups": GROUPS}, sort_keys=False))
+    for module in (ablations, ten_minutes):
+        monkeypatch.setattr(module, "precision_here", lambda: "bf16")  # whatever machine tests it
     return tmp_path
 
 
@@ -134,13 +137,17 @@ def test_equal_time_is_that_of_the_default_beside_it(work, monkeypatch, capsys):
 
     def run(row, seed, options, data, threads):
         started.append((row, options.get("max_minutes"), options.get("max_steps"), "max_tokens" in options))
-        return {"row": row, "seed": seed, "options": options, "threads": threads, "tokens": 5,
+        return {"row": row, "seed": seed, "options": options, "threads": threads, "tokens": 5, "precision": "bf16",
                 "loss": 4.0 if row == "default" else 3.5, "accuracy": 0.25}  # fmt: skip
 
     monkeypatch.setattr(ablations, "run", run)
     for _ in range(2):
         start(monkeypatch, ablations, "--data", work, "--row", "rate: slow", "--equal_time", "2")
-    assert "rate: slow, seed 0: 3.500 nats" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        start(monkeypatch, ablations, "--data", work, "--equal_time", "0")
+    printed = capsys.readouterr()
+    assert "rate: slow, seed 0: 3.500 nats" in printed.out
+    assert "--equal_time is a number of minutes above 0, got 0" in printed.err
     assert started[:2] == [("rate: slow", None, 3, False), ("default", None, 3, False)]  # in which torch compiles
     assert sorted(started[2:]) == [("default", 2, None, False), ("rate: slow", 2, None, False)]
     (kept,) = trainings.read_results(ablation_plan.RESULTS)
@@ -410,7 +417,7 @@ def test_tables_do_not_average_results_with_different_options(work):
     with pytest.raises(ValueError, match=r"'rate: slow' has .* options: learning_rate: 0\.001 against 0\.5\. Remove"):
         learning_tables.ablations()
     write(ten_minutes.RESULTS, [trained(a=1), trained("BERT", a=2), trained(seed=1, a=2)])
-    with pytest.raises(ValueError, match=r"'ours', en, has results with different options: a: 1 against 2"):
+    with pytest.raises(ValueError, match=r"'ours', en, bf16, has results with different options: a: 1 against 2"):
         learning_tables.ten_minutes("en")
 
 
@@ -448,6 +455,34 @@ def test_curves_are_of_one_precision(work, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         start(monkeypatch, learning_curves)
     assert "pass --precision, one of bf16, fp32" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start(monkeypatch, learning_curves, "--precision", "fp16")
+    assert "are in bf16, fp32, not in --precision fp16" in capsys.readouterr().err
+
+
+def test_a_seed_of_both_precisions_counts_once(work):
+    default = [result(), {**result(loss=3.0), "precision": "fp32"}]
+    row = [result("masking: 15 %", loss=4.5), {**result("masking: 15 %", seed=1, loss=9.0), "precision": "fp32"}]
+    assert learning_tables.cells(default)[::2] == ("4.000", "1")
+    assert learning_tables.cells([*row, *default])[2] == "2"
+    assert learning_tables.difference(row, default) == "+0.500"
+    assert learning_tables.difference([{**row[0], "precision": "fp32"}], default) == "+1.500"
+
+
+def test_what_stands_in_another_precision_is_run_here(work, monkeypatch):
+    monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
+    for name, stub in (("make_tokenizer", None), ("inputs_of", INPUTS)):
+        monkeypatch.setattr(ten_minutes, name, lambda *_, stub=stub: stub)
+    ran = []
+    monkeypatch.setattr(ten_minutes, "run", lambda name, options, *_: ran.append(name) or trained(name, **options))
+    written = yaml.safe_load(ten_minutes.MODELS.read_text(encoding="utf-8"))
+    Path(written["recipe"]).parent.mkdir(parents=True)
+    shutil.copy(ROOT / written["recipe"], written["recipe"])
+    options = ten_minutes.options_of_model(written, "BERT", "en")
+    for precision, count in (("fp32", 1), ("bf16", 1)):
+        write(ten_minutes.RESULTS, [trained("BERT", precision=precision, **options)])
+        start(monkeypatch, ten_minutes, "--data", work, "--models", "BERT")
+        assert len(ran) == count
 
 
 def evaluation(*names):
@@ -661,7 +696,9 @@ def test_overlap_counts_passages_of_a_text():
     assert set(overlap.found_in(passages, ["x " + " ".join(words[4:18])])) == {tuple(words[4:17]), tuple(words[5:18])}
 
 
-def test_every_table_that_a_page_marks_is_made():
-    known = {*tables.TABLES, *TABLES}
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        assert set(re.findall(r"<!-- table: (\w+) -->", page.read_text(encoding="utf-8"))) <= known, page.name
+def test_the_tables_that_pages_mark_are_those_that_are_made():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    marked = {
+        name for page in pages for name in re.findall(r"<!-- table: (\w+) -->", page.read_text(encoding="utf-8"))
+    }
+    assert marked == {*tables.TABLES, *TABLES}

@@ -50,3 +50,9 @@ def test_snippets_run_in_order(tmp_path):
 def test_tables_are_those_of_the_code():
     text = README.read_text(encoding="utf-8")
     assert write_tables(text) == text, "run: python -m hf_selfattn.tools.tables README.md"
+
+
+def test_an_empty_table_does_not_take_what_follows():
+    text = "<!-- table: a -->\n<!-- end of table -->\nkept\n<!-- table: b -->\nold\n<!-- end of table -->\n"
+    written = write_tables(text, {"a": lambda: "one", "b": lambda: "two"})
+    assert written == text.replace("a -->\n", "a -->\none\n").replace("old", "two")

@@ -79,6 +79,7 @@ def test_all_parts_of_a_model_and_one_from_scratch(evaluate, files, tmp_path, mo
     assert found["models"][name]["blimp"]["pairs"] == 6
     for task in ("first", "second"):
         assert found["suite"][task]["metric"] == "accuracy"
+        assert found["suite"][task]["recipe"]["bf16"] is False
         assert list(found["suite"][task]["models"]) == [name, f"{name} from scratch"]
         assert all(len(of_model["values"]) == 2 for of_model in found["suite"][task]["models"].values())
         assert set(found["suite"][task]["baselines"]) == {"majority", "tfidf_logistic_regression"}
@@ -110,8 +111,18 @@ def test_what_is_missing_is_said_before_anything_is_measured(evaluate, files, tm
     command = [*files, "--model_name_or_path", tiny_model_folder(), "--parts", "masked_lm", "suite"]
     with pytest.raises(ValueError, match="--suite_tasks are first, second, got 'third'"):
         evaluate.main([*command, "--suite_tasks", "third"])
-    with pytest.raises(FileNotFoundError, match="is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"--validation_file: '.*nothing.txt' is not a file"):
         evaluate.main([*command, "--validation_file", str(tmp_path / "nothing.txt")])
+    with pytest.raises(ValueError, match=r"--dataset_name NAME .* or --validation_file FILE; got both"):
+        evaluate.main([*command, "--dataset_name", str(tmp_path / "data" / "first")])
+    with pytest.raises(ValueError, match=r'--suite_overrides is written "name=value,name=value", got .seed'):
+        evaluate.main([*command, "--suite_overrides", "seed"])
+    with pytest.raises(ValueError, match="--num_seeds is at least 1, got 0"):
+        evaluate.main([*command, "--num_seeds", "0"])
+    place = files.index("--validation_file")
+    without = ["--dataset_name", str(tmp_path / "data" / "first"), "--validation_split", "dev"]
+    with pytest.raises(ValueError, match=r"--validation_split 'dev' is not a split .* train, validation"):
+        evaluate.main([*files[:place], *files[place + 2 :], *command[len(files) :], *without])
     with pytest.raises(ValueError, match=r"no column 'texts'. Columns there: text. Did you mean 'text'"):
         evaluate.main([*command, "--text_column", "texts"])
 
@@ -126,6 +137,8 @@ def test_a_model_that_is_too_short_is_said_before_another_is_measured(evaluate, 
     command = [*files, "--model_name_or_path", tiny_model_folder(), str(tmp_path / "short"), "--parts", "masked_lm"]
     with pytest.raises(ValueError, match=r"short reads .* 128 tokens, and the longest window of 4000 bytes has"):
         evaluate.main([*command, "--window_bytes", "4000", "--validation_file", text])
+    with pytest.raises(ValueError, match=r"short reads rows of at most 128 tokens, got --max_seq_length 129"):
+        evaluate.main([*command, "--max_seq_length", "129"])
     assert not measured
 
 

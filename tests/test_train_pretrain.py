@@ -11,6 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
+from hf_selfattn.tools.evaluation import open_masked_lm
+from hf_selfattn.tools.evaluation_masked import masked_token_metrics
+from hf_selfattn.tools.opening import ModelArguments
+
 from .train_scripts import (
     ROOT,
     TINY,
@@ -96,6 +100,17 @@ def test_what_lies_beside_the_model(run):
     assert "| bits_per_byte |" in card
     assert "training_curve.png" in card
     assert math.exp(results["eval_loss"]) == pytest.approx(results["eval_perplexity"])
+
+
+def test_evaluate_models_measures_what_pretrain_does(corpus, tmp_path):
+    texts = sentences(40, seed=5)
+    held_out = write_texts(tmp_path / "held_out.txt", texts)
+    options = ["--validation_file", held_out, "--eval_mlm_probability", "0.3", "--eval_masks_seed", "4"]
+    scores = pretrain(corpus, tmp_path / "model", "--tokenizer_name", tiny_tokenizer_folder(), *options)
+    model, tokenizer = open_masked_lm(ModelArguments(model_name_or_path=str(tmp_path / "model")))
+    found = masked_token_metrics(model, tokenizer, texts, 128, 0.3, seed=4, progress=None)
+    for name in ("loss", "accuracy", "bits_per_byte"):
+        assert found[name] == pytest.approx(scores[f"eval_{name}"], rel=1e-5)
 
 
 def test_it_learns_more_than_the_unigram_model(run):

@@ -33,10 +33,10 @@ from hf_selfattn.tools.blimp import blimp_metrics, first_of_each_paradigm, load_
 from hf_selfattn.tools.blimp_published import PUBLISHED
 from hf_selfattn.tools.card import hash_of_rows
 from hf_selfattn.tools.evaluation import DTYPES, EvaluationArguments, open_masked_lm, read_texts
-from hf_selfattn.tools.evaluation_masked import check_fast, check_windows, masked_token_metrics, masked_word_metrics
+from hf_selfattn.tools.evaluation_masked import check_readable, masked_token_metrics, masked_word_metrics
 from hf_selfattn.tools.evaluation_results import Results, blimp_table, identity_of_model, masked_table, suite_table
 from hf_selfattn.tools.evaluation_suite import SuiteModel, metric_of, read_suite, run_suite
-from hf_selfattn.tools.fast_defaults import accelerator_available, keep_memory
+from hf_selfattn.tools.fast_defaults import accelerator_available, bf16_in_hardware, keep_memory
 from hf_selfattn.tools.opening import ModelArguments, check_source_of_model
 from hf_selfattn.tools.recipes import parse_arguments, read_recipe
 from hf_selfattn.tools.sources import SourceArguments, load_source
@@ -107,8 +107,7 @@ def check_model(name, arguments, texts):
     config, tokenizer = AutoConfig.from_pretrained(name, **options), open_tokenizer(name, **options)
     check_tokenizer(tokenizer, config, name, masks=True)
     if texts is not None:
-        check_fast(tokenizer)
-        check_windows(tokenizer, config, texts, arguments.window_bytes, name)
+        check_readable(tokenizer, config, texts, arguments.max_seq_length, arguments.window_bytes, name)
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     try:
@@ -154,6 +153,9 @@ def fine_tuning(arguments, suite, results):
     if arguments.from_scratch:
         fresh = identity_of_model(names[0], weights=False, **code)
         models.append(SuiteModel(f"{names[0]} from scratch", names[0], fresh, from_scratch=True))
+    for recipe in suite.values():  # said, so that it stands by the results, and one machine's never count for another
+        if not recipe.keys() & {"bf16", "fp16"}:
+            recipe["bf16"] = bf16_in_hardware(recipe.get("use_cpu") or not accelerator_available())[0]
     seeds = range(arguments.seed, arguments.seed + arguments.num_seeds)
     folder = Path(arguments.output_dir, "suite")
     show = not arguments.disable_tqdm

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from .opening import check_source_of_model
-from .sources import SourceArguments, find_text_column, load_source, take
+from .sources import SourceArguments, find_text_column, load_validation, take
 from .tokenizer import check_tokenizer, open_tokenizer
 from .windows import positions_of
 
@@ -70,6 +70,10 @@ class EvaluationArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with a model."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
+    def __post_init__(self):
+        if self.num_seeds < 1:
+            raise ValueError(f"--num_seeds is at least 1, got {self.num_seeds}.")
+
     @property
     def overrides_of_suite(self):
         """`suite_overrides`, and what is said of all models."""
@@ -85,11 +89,11 @@ def read_texts(arguments):
         named = WIKITEXT
     source = SourceArguments(
         **named,
-        train_file=arguments.validation_file,
-        train_split="train" if arguments.validation_file else arguments.validation_split,
+        validation_file=arguments.validation_file,
+        validation_split=arguments.validation_split,
         text_unit=arguments.text_unit,
     )
-    rows = load_source(source, evaluate=False)["train"]
+    rows = load_validation(source)
     column = find_text_column(rows, arguments.text_column)
     rows = take(rows, arguments.max_eval_samples, arguments.seed)
     return rows.select_columns([column]).rename_columns({} if column == "text" else {column: "text"})

@@ -60,7 +60,8 @@ def masked_token_metrics(
 ):
     """Loss (nats a token), accuracy and bits per byte of 15 % of the tokens, each replaced by the mask token.
 
-    The number with which pretrain.py evaluates the same texts, with its --eval_masks_seed.
+    The number with which pretrain.py evaluates the same texts where --max_seq_length, --eval_mlm_probability and
+    --eval_masks_seed say the same.
 
     Args:
         model, tokenizer: of `open_masked_lm`.
@@ -72,12 +73,7 @@ def masked_token_metrics(
         ValueError: no text, no token is masked, windows longer than the model's positions, a slow tokenizer.
     """
     check_fast(tokenizer)
-    limit = longest_row(tokenizer, model.config)
-    if max_seq_length > limit:
-        raise ValueError(
-            f"The model reads rows of at most {limit} tokens, got --max_seq_length {max_seq_length}. Pass {limit} or "
-            "less for all models that are compared."
-        )
+    check_length(tokenizer, model.config, max_seq_length)
     windows = as_rows(Dataset.from_dict({"text": texts}), "text", tokenizer, max_seq_length)["input_ids"][:]
     collator = MaskingCollator(tokenizer, mlm_probability, seed, mask_replace_prob=1.0, random_replace_prob=0.0)
     lengths, number = np.array([len(ids) for ids in windows]), np.arange(len(windows))
@@ -93,6 +89,23 @@ def masked_token_metrics(
     result = answers(model, questions, progress=progress, **how)
     size = bytes_of_tokens(tokenizer, len(collator.special))[labels[place]].sum()
     return {**_means(*result, size), "tokens": len(place), "windows": len(windows)}
+
+
+def check_length(tokenizer, config, max_seq_length, name="The model"):
+    """Refuse windows of `masked_token_metrics` that a model cannot read (ValueError)."""
+    limit = longest_row(tokenizer, config)
+    if max_seq_length > limit:
+        raise ValueError(
+            f"{name} reads rows of at most {limit} tokens, got --max_seq_length {max_seq_length}. Pass {limit} or "
+            "less for all models that are compared."
+        )
+
+
+def check_readable(tokenizer, config, texts, max_seq_length, window_bytes, name):
+    """Refuse what a model cannot be measured on, before any model is (ValueError): see the checks."""
+    check_fast(tokenizer)
+    check_length(tokenizer, config, max_seq_length, name)
+    check_windows(tokenizer, config, texts, window_bytes, name)
 
 
 def words_in_windows(text, window_bytes):

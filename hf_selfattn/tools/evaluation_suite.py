@@ -68,7 +68,7 @@ def read_suite(folders, names=None, data=None, overrides=None):
     for name in names or ():
         if name not in recipes:
             raise ValueError(f"--suite_tasks are {', '.join(recipes)}, got {name!r}.{nearest(name, recipes)}")
-    changes = parse_overrides(overrides)
+    changes = parse_overrides(overrides, "--suite_overrides")
     for name in ("seed", "model_name_or_path", "output_dir"):
         if name in changes:
             raise ValueError(f"--suite_overrides: the suite sets {name!r} itself for each run. Leave it out.")
@@ -126,8 +126,8 @@ def run_suite(finetune, baselines, hash_of_data, suite, models, seeds, results, 
             fine-tuned models and fresh weights are deleted.
 
     Returns:
-        {task: {"metric", "models": {label: {"values", "median", "lowest", "highest"}}, "baselines"}}, scores from 0
-        (correlations: -1) to 1.
+        {task: {"metric", "models": {label: {"values", "median", "lowest", "highest"}}, "baselines", "recipe"}},
+        scores from 0 (correlations: -1) to 1.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def run_suite(finetune, baselines, hash_of_data, suite, models, seeds, results, 
         key = {"part": "baselines", **about[task]}
         if key not in results:
             results[key] = baselines(recipe)
-        scores["baselines"] = results[key]
+        scores |= {"baselines": results[key], "recipe": options}
     runs = [(seed, task, model) for seed in seeds for task in suite for model in models]
     for seed, task, model in tqdm(runs, desc="fine-tuning", unit=" runs", disable=not show):
         key = {"part": "suite", **about[task], "seed": seed, "model": model.label, "identity": model.identity}

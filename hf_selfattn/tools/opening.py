@@ -44,8 +44,12 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with a model."})
 
 
-def parse_overrides(text):
-    """`"a=1,b=[1, 2],c=full"` as a dict; values are read as JSON where they can be, else as strings."""
+def parse_overrides(text, option="--config_overrides"):
+    """`"a=1,b=[1, 2],c=full"` as a dict; values are read as JSON where they can be, else as strings.
+
+    Raises:
+        ValueError: it is not written so; `option` is what the message calls it.
+    """
     parts, depth, current = [], 0, ""
     for character in text or "":
         depth += (character in "[{") - (character in "]}")
@@ -58,9 +62,7 @@ def parse_overrides(text):
     for part in filter(str.strip, [*parts, current]):
         name, separator, value = (piece.strip() for piece in part.partition("="))
         if not separator or not name or not value:
-            raise ValueError(
-                f'--config_overrides is written "name=value,name=value", got {part.strip()!r} in {text!r}.'
-            )
+            raise ValueError(f'{option} is written "name=value,name=value", got {part.strip()!r} in {text!r}.')
         words = {"True": True, "False": False, "None": None}
         try:
             overrides[name] = words[value] if value in words else json.loads(value)

@@ -179,13 +179,40 @@ def load_source(arguments, seed=0, evaluate=True, predict=False):
             if rows is not None:
                 splits[split] = rows
     for split, rows in splits.items():
-        if len(rows) == 0:
-            raise ValueError(
-                f"The data set is empty: its {split} split has no row. Check the file or the split's name."
-            )
+        _check_rows(rows, split)
     if evaluate and "validation" not in splits:
         splits["train"], splits["validation"] = hold_out(splits["train"], arguments.validation_fraction, seed)
     return splits
+
+
+def load_validation(arguments):
+    """The validation rows alone: of --validation_file, or a split of a named data set.
+
+    Raises:
+        FileNotFoundError: a file or folder that is not there.
+        ValueError: no source, two sources, a split that is not there, an empty split.
+    """
+    if (arguments.dataset_name is None) == (not arguments.validation_file):
+        raise ValueError(
+            "One source of examples is needed: --dataset_name NAME (a Hub name, a local folder, or docstrings), "
+            "or --validation_file FILE; got " + ("both." if arguments.validation_file else "neither.")
+        )
+    if arguments.validation_file and arguments.dataset_config_name:
+        raise ValueError(
+            f"--dataset_config_name goes with --dataset_name, got {arguments.dataset_config_name!r} with "
+            "--validation_file. Leave it out."
+        )
+    if arguments.validation_file:
+        rows = _load_files(arguments)["validation"]
+    else:
+        rows = _named_split(_load_named(arguments), arguments.validation_split, "validation_split", required=True)
+    _check_rows(rows, "validation")
+    return rows
+
+
+def _check_rows(rows, split):
+    if len(rows) == 0:
+        raise ValueError(f"The data set is empty: its {split} split has no row. Check the file or the split's name.")
 
 
 def hold_out(rows, fraction, seed):

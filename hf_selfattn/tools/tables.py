@@ -72,9 +72,9 @@ def write_tables(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> st
     """The text with its marked tables made anew; those that are not among `tables` stay as they are."""
 
     def table(match: re.Match) -> str:
-        return f"{match[1]}{tables[match[2]]()}{match[3]}" if match[2] in tables else match[0]
+        return f"{match[1]}\n{tables[match[2]]()}{match[3]}" if match[2] in tables else match[0]
 
-    return re.sub(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end of table -->)", table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\w+) -->).*?(\n<!-- end of table -->)", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
