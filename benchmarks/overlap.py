@@ -2,9 +2,11 @@
 
     python benchmarks/overlap.py --data ../shared/data --output runs/overlap.json
     python benchmarks/overlap.py --data ../shared/data                # writes benchmarks/results/overlap.json
+    python benchmarks/overlap.py --data ../shared/data --pretraining runs/clean-texts --output runs/overlap.json
 
-Words are compared without case and punctuation; a Chinese character is a word. Sentences are looked for whole; long
-texts in passages of 13 words, as Brown et al. 2020 (arXiv:2005.14165, appendix C) did.
+The last is of the texts that clean_texts.py left. Words are compared without case and punctuation; a Chinese character
+is a word. Sentences are looked for whole; long texts in passages of 13 words, as Brown et al. 2020 (arXiv:2005.14165,
+appendix C) did.
 """
 
 import argparse
@@ -15,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import load_dataset
+
+Words = tuple[str, ...]  # of a sentence or a passage
 
 BEGINNING = 4  # words by which a passage is looked up; shorter ones are not looked for
 PASSAGE = 13  # words
@@ -49,11 +53,11 @@ PASSAGES = {
 }
 
 
-def words_of(text: str) -> tuple[str, ...]:
+def words_of(text: str) -> Words:
     return tuple(WORD.findall(text.lower()))
 
 
-def passages_of(texts: Iterable[str], size: int = PASSAGE) -> set[tuple[str, ...]]:
+def passages_of(texts: Iterable[str], size: int = PASSAGE) -> set[Words]:
     """Every sequence of `size` words."""
     found = set()
     for text in texts:
@@ -62,20 +66,25 @@ def passages_of(texts: Iterable[str], size: int = PASSAGE) -> set[tuple[str, ...
     return found
 
 
-def sentences_of(texts: Iterable[str]) -> set[tuple[str, ...]]:
+def sentences_of(texts: Iterable[str]) -> set[Words]:
     """The words of each text that is long enough to be looked for."""
     return {words for words in map(words_of, texts) if len(words) >= BEGINNING}
 
 
-def found_in(passages: set[tuple[str, ...]], texts: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    """Those of the passages whose words stand in a text one after another, as often as they do."""
-    by_beginning = defaultdict(list)
+def by_beginning(passages: Iterable[Words]) -> dict[Words, list[Words]]:
+    """The passages by their first words, as `found_in` looks for them."""
+    found = defaultdict(list)
     for passage in passages:
-        by_beginning[passage[:BEGINNING]].append(passage)
+        found[passage[:BEGINNING]].append(passage)
+    return found
+
+
+def found_in(passages: dict[Words, list[Words]], texts: Iterable[str]) -> Iterator[Words]:
+    """Those of the passages (`by_beginning`) whose words stand in a text one after another, as often as they do."""
     for text in texts:
         words = words_of(text)
         for first, beginning in enumerate(zip(*(words[shift:] for shift in range(BEGINNING)), strict=False)):
-            for passage in by_beginning.get(beginning, ()):
+            for passage in passages.get(beginning, ()):
                 if words[first : first + len(passage)] == passage:
                     yield passage
 
@@ -88,34 +97,33 @@ def read(data: Path, name: str, split: str, *columns: str) -> list[str]:
     return [text if isinstance(text, str) else " ".join(text) for text in texts]
 
 
-def compare(data: Path, language: str) -> Iterator[dict]:
-    training = [text for name in PRETRAINING[language] for text in read(data, name, "train", "text")]
+def evaluated_on(data: Path, language: str) -> Iterator[tuple[dict, set[Words]]]:
+    """(what it is, its sentences or passages) for all that models of the language are evaluated on."""
     for kinds, split_up, kind in ((SENTENCES, sentences_of, "sentences"), (PASSAGES, passages_of, "passages")):
         for name, split, *columns in kinds[language]:
-            looked_for = split_up(read(data, name, split, *columns))
-            found = set(found_in(looked_for, training))
-            longest_first = sorted(found, key=lambda words: (-len(words), words))
-            yield {
-                "language": language,
-                "data": name,
-                "split": split,
-                "columns": columns,
-                "kind": kind,
-                "looked_for": len(looked_for),
-                "found": len(found),
-                "examples": [" ".join(words[:SHOWN]) for words in longest_first[:3]],
-            }
+            about = {"language": language, "data": name, "split": split, "columns": columns, "kind": kind}
+            yield about, split_up(read(data, name, split, *columns))
+
+
+def compare(data: Path, language: str, pretraining: Path) -> Iterator[dict]:
+    training = [text for name in PRETRAINING[language] for text in read(pretraining, name, "train", "text")]
+    for about, looked_for in evaluated_on(data, language):
+        found = set(found_in(by_beginning(looked_for), training))
+        longest_first = sorted(found, key=lambda words: (-len(words), words))
+        examples = [" ".join(words[:SHOWN]) for words in longest_first[:3]]
+        yield {**about, "looked_for": len(looked_for), "found": len(found), "examples": examples}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--pretraining", type=Path, help="folder of the texts to train on; without it, --data")
     parser.add_argument("--languages", nargs="+", choices=PRETRAINING, default=list(PRETRAINING))
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     results = []
     for language in arguments.languages:
-        for result in compare(arguments.data, language):
+        for result in compare(arguments.data, language, arguments.pretraining or arguments.data):
             results.append(result)
             share = result["found"] / max(result["looked_for"], 1)
             where = f"{result['data']}, {result['split']}, {', '.join(result['columns'])}"

@@ -5,7 +5,8 @@
     python benchmarks/ten_minutes.py --data ../shared/data --minutes 1 --output runs/try.jsonl       # a trial
 
 For each seed the models of benchmarks/ten_minutes.yaml train one after another, each a run of train/pretrain.py;
-nothing else should run on the machine. Ours is train/recipes/cpu-10-minutes.yaml; the stock models have the learning
+nothing else should run on the machine. The text comes without the articles that hold text of what the models are
+evaluated on (clean_texts.py). Ours is train/recipes/cpu-10-minutes.yaml; the stock models have the learning
 rate and the batch that are best of those that were tried (the rows "stock models" of ablations.py, in
 docs/results.md), the recipe's masking rate, logits at masked places alone, and full rows. The tokenizer, and a first
 start of each model, in which torch compiles, come before the clock; `tokenizer_seconds` (null: not known) and
@@ -20,6 +21,7 @@ import shlex
 from pathlib import Path
 
 import yaml
+from clean_texts import clean, is_clean
 from trainings import (
     append_result,
     command_of,
@@ -92,6 +94,8 @@ def main() -> None:
     text = written["languages"][arguments.language]
     precision, runs = precision_here(), []
     found = [result for result in read_results(arguments.output) if result["precision"] == precision]
+    if not is_clean(arguments.language):
+        list(clean(arguments.data, arguments.language))
     tokenizer_seconds = make_tokenizer(text, arguments.data)
     inputs = inputs_of(text, arguments.data)
     for seed in arguments.seeds:

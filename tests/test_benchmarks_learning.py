@@ -33,6 +33,7 @@ with pytest.MonkeyPatch.context() as patch:
     import ablation_plan
     import ablation_variants
     import ablations
+    import clean_texts
     import learning_curves
     import learning_tables
     import overlap
@@ -351,8 +352,11 @@ def test_tokenizer_is_trained_once_and_its_seconds_are_kept(work, monkeypatch):
 
 
 def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
+    cleaned = []
     monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
     monkeypatch.setattr(ten_minutes, "make_tokenizer", lambda options, data: 12.5)
+    monkeypatch.setattr(ten_minutes, "is_clean", lambda language: False)
+    monkeypatch.setattr(ten_minutes, "clean", lambda data, language: cleaned.append(language) or iter([]))
     monkeypatch.setattr(ten_minutes, "inputs_of", lambda options, data: INPUTS)
     monkeypatch.setattr(ten_minutes, "run", lambda name, options, seed, arguments: trained(name, seed, **options))
     written = yaml.safe_load(ten_minutes.MODELS.read_text(encoding="utf-8"))
@@ -363,6 +367,7 @@ def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
     kept = trainings.read_results(ten_minutes.RESULTS)
     assert [each["model"] for each in kept] == list(written["models"])
     assert {each["tokenizer_seconds"] for each in kept} == {12.5}
+    assert cleaned == ["en", "en"]
     monkeypatch.setattr(ten_minutes, "inputs_of", lambda options, data: {**INPUTS, "DATA/a.parquet": "other"})
     message = r"'ours', en, seed 0, 10 minutes, .*: DATA/a.parquet: ca978112ca1bbdca against other\. Remove its line"
     with pytest.raises(ValueError, match=message):
@@ -471,7 +476,7 @@ def test_a_seed_of_both_precisions_counts_once(work):
 
 def test_what_stands_in_another_precision_is_run_here(work, monkeypatch):
     monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
-    for name, stub in (("make_tokenizer", None), ("inputs_of", INPUTS)):
+    for name, stub in (("make_tokenizer", None), ("inputs_of", INPUTS), ("is_clean", True)):
         monkeypatch.setattr(ten_minutes, name, lambda *_, stub=stub: stub)
     ran = []
     monkeypatch.setattr(ten_minutes, "run", lambda name, options, *_: ran.append(name) or trained(name, **options))
@@ -652,18 +657,19 @@ def test_overlap_finds_whole_sentences_whatever_their_case_and_punctuation():
     sentences = overlap.sentences_of(["The cat sat here.", "The cat sat there!", "A cat.", "Dogs, it's said, bark."])
     assert len(sentences) == 3  # too short to be looked for: "A cat."
     texts = ['So "the CAT sat" here; dogs it s said', "bark. The cat sat therefore"]
-    assert set(overlap.found_in(sentences, texts)) == {("the", "cat", "sat", "here")}
+    assert set(overlap.found_in(overlap.by_beginning(sentences), texts)) == {("the", "cat", "sat", "here")}
 
 
 def test_overlap_takes_chinese_characters_for_words():
     assert overlap.words_of("Die Stadt 北京, heute.") == ("die", "stadt", "北", "京", "heute")
 
 
-def test_overlap_of_data_sets(tmp_path, monkeypatch, capsys):
-    def write_rows(name, split, **columns):
-        (tmp_path / name).mkdir(exist_ok=True)
-        Dataset.from_dict(columns).to_parquet(tmp_path / name / f"{split}.parquet")
+def write_rows(name, split, **columns):
+    Path(name).mkdir(exist_ok=True)
+    Dataset.from_dict(columns).to_parquet(f"{name}/{split}.parquet")
 
+
+def test_overlap_of_data_sets(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(overlap, "PRETRAINING", {"en": ("a", "b")})
     monkeypatch.setattr(overlap, "SENTENCES", {"en": (("task", "validation", "text", "words"),)})
@@ -689,11 +695,37 @@ def test_overlap_of_data_sets(tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_clean_texts_hold_nothing_that_is_evaluated_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(overlap, "PRETRAINING", pretraining := {"en": ("a",)})
+    monkeypatch.setattr(clean_texts, "PRETRAINING", pretraining)
+    monkeypatch.setattr(overlap, "SENTENCES", {"en": (("task", "validation", "text"),)})
+    monkeypatch.setattr(overlap, "PASSAGES", {"en": (("task", "validation", "text"),)})
+    long = " ".join(map(str, range(14)))
+    write_rows("task", "validation", text=["It was found.", "It was found, they said.", long + " more."])
+    texts = [
+        "It was found. It is.",
+        'So "it was found", they said.',
+        "x " + " ".join(long.split()[1:]) + " y",
+        "Other.",
+    ]
+    write_rows("a", "train", text=texts, id=[0, 1, 2, 3])
+    assert not clean_texts.is_clean("en")
+    start(monkeypatch, clean_texts, "--data", tmp_path)
+    assert capsys.readouterr().out == "a: 2 of 4 articles left out, 77.8% of the words\n"
+    assert clean_texts.is_clean("en")
+    kept = Dataset.from_parquet(str(clean_texts.TEXTS / "a/train.parquet"))
+    assert kept["id"] == [0, 3]
+    start(monkeypatch, overlap, "--data", ".", "--pretraining", clean_texts.TEXTS, "--output", "runs/overlap.json")
+    assert [each["found"] for each in json.loads(Path("runs/overlap.json").read_text())] == [0, 0]
+
+
 def test_overlap_counts_passages_of_a_text():
     words = [f"w{i}" for i in range(20)]
     passages = overlap.passages_of([" ".join(words)], size=13)
     assert len(passages) == 8
-    assert set(overlap.found_in(passages, ["x " + " ".join(words[4:18])])) == {tuple(words[4:17]), tuple(words[5:18])}
+    found = overlap.found_in(overlap.by_beginning(passages), ["x " + " ".join(words[4:18])])
+    assert set(found) == {tuple(words[4:17]), tuple(words[5:18])}
 
 
 def test_the_tables_that_pages_mark_are_those_that_are_made():
