@@ -13,6 +13,7 @@ from trainings import differing, made_with, read_results
 
 from hf_selfattn.tools.evaluation_results import blimp_table, spread, suite_table
 
+WHOLE_TEXT = TEN_MINUTES.with_stem("ten_minutes_whole_text")  # with the articles that hold text of the evaluation
 STOCK, STOCK_BUDGET = "stock models: ", 2_000_000
 EVALUATIONS = {"masked_en": "masked_lm", "blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
 

@@ -11,7 +11,7 @@ import functools
 import json
 from pathlib import Path
 
-from learning_tables import EVALUATIONS, ablations, evaluated, overlap, stock_search, take, ten_minutes
+from learning_tables import EVALUATIONS, WHOLE_TEXT, ablations, evaluated, overlap, stock_search, take, ten_minutes
 
 from hf_selfattn.tools.tables import write_tables
 
@@ -114,6 +114,7 @@ TABLES = {
     "stock_search": stock_search,
     "overlap": overlap,
     "ten_minutes_en": lambda: ten_minutes("en"),
+    "ten_minutes_whole_text": lambda: ten_minutes("en", WHOLE_TEXT),
     "ten_minutes_zh": lambda: ten_minutes("zh"),
     **{name: functools.partial(evaluated, name) for name in EVALUATIONS},
 }
