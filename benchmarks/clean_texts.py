@@ -7,35 +7,79 @@ the language that it trains on.
 """
 
 import argparse
-from collections.abc import Iterator
+import hashlib
+import json
+import os
 from itertools import chain
 from pathlib import Path
 
 from datasets import load_dataset
-from overlap import PRETRAINING, by_beginning, evaluated_on, found_in, words_of
+from overlap import (
+    BEGINNING,
+    PASSAGE,
+    PASSAGES,
+    PRETRAINING,
+    SENTENCES,
+    by_beginning,
+    evaluated_on,
+    file_of,
+    found_in,
+    words_of,
+)
 
 TEXTS = Path("runs/clean-texts")
 
 
-def is_clean(language: str, output: Path = TEXTS) -> bool:
-    """Whether all texts of the language have been written."""
-    return all((output / name / "train.parquet").exists() for name in PRETRAINING[language])
+def made_from(data: Path, language: str) -> dict:
+    """All that decides what is left out: the files, by the beginnings of their SHA-256, and how words are compared.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    compared = [(name, split) for name, split, *_ in (*SENTENCES[language], *PASSAGES[language])]
+    trained_on = [(name, "train") for name in PRETRAINING[language]]
+    files = [file_of(data, *each) for each in dict.fromkeys(trained_on + compared)]
+    hashes = {f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+    looked_for = json.dumps([SENTENCES[language], PASSAGES[language]])
+    return {"files": hashes, "looked_for": looked_for, "words": [BEGINNING, PASSAGE]}
 
 
-def clean(data: Path, language: str, output: Path = TEXTS) -> Iterator[dict]:
-    """Writes `output`/NAME/train.parquet for each text of the language; yields how much was left out of it."""
+def record_of(language: str, output: Path) -> Path:
+    return output / f"{language}.json"
+
+
+def is_clean(data: Path, language: str, output: Path = TEXTS) -> bool:
+    """Whether all texts of the language have been written from these data."""
+    record = record_of(language, output)
+    now = made_from(data, language)
+    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["made_from"] == now
+
+
+def clean(data: Path, language: str, output: Path = TEXTS) -> None:
+    """Writes `output`/NAME/train.parquet for each text of the language, and says how much was left out of it.
+
+    Raises:
+        ValueError: `output` is `data`, whose files would be lost.
+        FileNotFoundError: something that is compared is not there.
+    """
+    if output.resolve() == data.resolve():
+        raise ValueError(f"--output is the folder of the data, {output}: its texts would be lost. Pass another one.")
+    source, left_out = made_from(data, language), {}
     wanted = by_beginning(set(chain.from_iterable(passages for _, passages in evaluated_on(data, language))))
     for name in PRETRAINING[language]:
-        table = load_dataset("parquet", data_files=str(data / name / "train.parquet"), split="train")
+        table = load_dataset("parquet", data_files=str(file_of(data, name, "train")), split="train")
         words = [len(words_of(text)) for text in table["text"]]
         kept = [place for place, text in enumerate(table["text"]) if next(found_in(wanted, [text]), None) is None]
         file = output / name / "train.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
+        unfinished = file.with_suffix(f".{os.getpid()}.part")
         table.select(kept).to_parquet(unfinished)
-        unfinished.rename(file)
+        unfinished.replace(file)
         share = 1 - sum(words[place] for place in kept) / max(sum(words), 1)
-        yield {"name": name, "articles": len(table), "left_out": len(table) - len(kept), "share_of_words": share}
+        left_out[name] = f"{len(table) - len(kept):,} of {len(table):,} articles left out, {share:.1%} of the words"
+        print(f"{name}: {left_out[name]}", flush=True)
+    record = {"made_from": source, "left_out": left_out}
+    record_of(language, output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -45,11 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=TEXTS)
     arguments = parser.parse_args()
     for language in arguments.languages:
-        for of in clean(arguments.data, language, arguments.output):
-            told = (
-                f"{of['left_out']:,} of {of['articles']:,} articles left out, {of['share_of_words']:.1%} of the words"
-            )
-            print(f"{of['name']}: {told}", flush=True)
+        clean(arguments.data, language, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draws how ours and the stock models learned in ten minutes: docs/ten_minutes_en.png from the results.
 
-    python benchmarks/learning_curves.py --precision fp32
-    python benchmarks/learning_curves.py --language zh
+    python benchmarks/learning_curves.py
+    python benchmarks/learning_curves.py --language zh --results runs/ten_minutes.jsonl
 
 The loss in training (of the tokens asked for, some of which are not replaced by [MASK]) against tokens and against
 minutes; a thin line for each seed.
@@ -52,13 +52,14 @@ def main() -> None:
     parser.add_argument("--language", default="en")
     parser.add_argument("--minutes", type=float, default=10, help="of the trainings that are drawn")
     parser.add_argument("--precision", help="of these trainings; to be said where the results have several")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     asked = (arguments.language, arguments.minutes)
-    found = [result for result in read_results(RESULTS) if (result["language"], result["budget"]) == asked]
+    found = [result for result in read_results(arguments.results) if (result["language"], result["budget"]) == asked]
     if not found:
         parser.error(
-            f"{RESULTS} has nothing for --language {arguments.language} --minutes {arguments.minutes:g}. Run "
-            "benchmarks/ten_minutes.py first."
+            f"{arguments.results} has nothing for --language {arguments.language} --minutes {arguments.minutes:g}. "
+            "Run benchmarks/ten_minutes.py first."
         )
     there = sorted({result["precision"] for result in found})
     if arguments.precision is None and len(there) > 1:

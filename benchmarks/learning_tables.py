@@ -97,15 +97,17 @@ def ablations(path: Path = RESULTS, rows: Path = ROWS) -> str:
 def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
     """The stock models at a larger budget."""
     found = results_by_row(path, rows, "tokens", STOCK_BUDGET)
-    lines = ["| | nats | accuracy | seeds |", "|---|---:|---:|---:|"]
+    lines = ["| | precision | nats | accuracy | seeds |", "|---|---|---:|---:|---:|"]
     for row, results in found.items():
-        if row.startswith(STOCK) and results:
-            lines.append("| " + " | ".join([row.removeprefix(STOCK), *cells(results)]) + " |")
+        if row.startswith(STOCK):
+            for precision in sorted({result["precision"] for result in results}):
+                alike = [result for result in results if result["precision"] == precision]
+                lines.append("| " + " | ".join([row.removeprefix(STOCK), precision, *cells(alike)]) + " |")
     return "\n".join(lines)
 
 
 def ten_minutes(language: str, path: Path = TEN_MINUTES) -> str:
-    """Ours and the stock models after the same minutes, by precision: those of one stem from one machine."""
+    """Ours and the stock models after the same minutes, by precision: one precision is one machine."""
     kinds = {}
     for result in read_results(path):
         if (result["language"], result["budget"]) == (language, 10):
@@ -146,6 +148,11 @@ def by_kind(of_models: dict) -> dict[str, list[dict]]:
 
 def masked_by_kind(of_models: dict) -> str:
     """Masked tokens and words, means over the seeds of each kind of model."""
+    if len({scores["masked_tokens"]["tokens"] for scores in of_models.values()}) > 1:
+        raise ValueError(
+            f"{', '.join(of_models)} were asked for different tokens: their tokenizers differ, and nats a token do "
+            "not compare. Evaluate models with one tokenizer."
+        )
     lines = ["| | nats a masked token | right | bits per byte of masked words | seeds |", "|---|---:|---:|---:|---:|"]
     for kind, scores in by_kind(of_models).items():
         nats = [each["masked_tokens"]["loss"] for each in scores]

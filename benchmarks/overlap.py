@@ -4,7 +4,7 @@
     python benchmarks/overlap.py --data ../shared/data                # writes benchmarks/results/overlap.json
     python benchmarks/overlap.py --data ../shared/data --pretraining runs/clean-texts --output runs/overlap.json
 
-The last is of the texts that clean_texts.py left. Words are compared without case and punctuation; a Chinese character
+The third command checks what clean_texts.py left. Words are compared without case and punctuation; a Chinese character
 is a word. Sentences are looked for whole; long texts in passages of 13 words, as Brown et al. 2020 (arXiv:2005.14165,
 appendix C) did.
 """
@@ -89,9 +89,20 @@ def found_in(passages: dict[Words, list[Words]], texts: Iterable[str]) -> Iterat
                     yield passage
 
 
+def file_of(data: Path, name: str, split: str) -> Path:
+    """Where a split of a data set is. Raises FileNotFoundError."""
+    file = data / name / f"{split}.parquet"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file} is not there: all that models are evaluated on is looked for in the text that they are "
+            "pretrained on. Put it there."
+        )
+    return file
+
+
 def read(data: Path, name: str, split: str, *columns: str) -> list[str]:
     """The texts of some columns of a data set; lists of words are joined."""
-    files = {split: str(data / name / f"{split}.parquet")}
+    files = {split: str(file_of(data, name, split))}
     table = load_dataset("parquet", data_files=files, split=split, columns=list(columns))
     texts = [text for each in columns for text in table[each]]
     return [text if isinstance(text, str) else " ".join(text) for text in texts]
@@ -119,8 +130,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--pretraining", type=Path, help="folder of the texts to train on; without it, --data")
     parser.add_argument("--languages", nargs="+", choices=PRETRAINING, default=list(PRETRAINING))
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help=f"without it, {RESULTS}")
     arguments = parser.parse_args()
+    if arguments.pretraining and not arguments.output:
+        parser.error(f"{RESULTS} is of whole texts: with --pretraining pass --output.")
+    output = arguments.output or RESULTS
     results = []
     for language in arguments.languages:
         for result in compare(arguments.data, language, arguments.pretraining or arguments.data):
@@ -131,8 +145,8 @@ def main() -> None:
             print(f"{where}: {told}", flush=True)
             for text in result["examples"]:
                 print(f"    {text}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -94,8 +94,10 @@ def main() -> None:
     text = written["languages"][arguments.language]
     precision, runs = precision_here(), []
     found = [result for result in read_results(arguments.output) if result["precision"] == precision]
-    if not is_clean(arguments.language):
-        list(clean(arguments.data, arguments.language))
+    if not is_clean(arguments.data, arguments.language):
+        if (tokenizer := Path(text["tokenizer_name"])).exists():
+            parser.error(f"{tokenizer} was learned from another text than --data gives now. Delete it, or rename it.")
+        clean(arguments.data, arguments.language)
     tokenizer_seconds = make_tokenizer(text, arguments.data)
     inputs = inputs_of(text, arguments.data)
     for seed in arguments.seeds:

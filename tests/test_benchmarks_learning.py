@@ -352,11 +352,9 @@ def test_tokenizer_is_trained_once_and_its_seconds_are_kept(work, monkeypatch):
 
 
 def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
-    cleaned = []
     monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
     monkeypatch.setattr(ten_minutes, "make_tokenizer", lambda options, data: 12.5)
-    monkeypatch.setattr(ten_minutes, "is_clean", lambda language: False)
-    monkeypatch.setattr(ten_minutes, "clean", lambda data, language: cleaned.append(language) or iter([]))
+    monkeypatch.setattr(ten_minutes, "is_clean", lambda *_: True)
     monkeypatch.setattr(ten_minutes, "inputs_of", lambda options, data: INPUTS)
     monkeypatch.setattr(ten_minutes, "run", lambda name, options, seed, arguments: trained(name, seed, **options))
     written = yaml.safe_load(ten_minutes.MODELS.read_text(encoding="utf-8"))
@@ -367,7 +365,6 @@ def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
     kept = trainings.read_results(ten_minutes.RESULTS)
     assert [each["model"] for each in kept] == list(written["models"])
     assert {each["tokenizer_seconds"] for each in kept} == {12.5}
-    assert cleaned == ["en", "en"]
     monkeypatch.setattr(ten_minutes, "inputs_of", lambda options, data: {**INPUTS, "DATA/a.parquet": "other"})
     message = r"'ours', en, seed 0, 10 minutes, .*: DATA/a.parquet: ca978112ca1bbdca against other\. Remove its line"
     with pytest.raises(ValueError, match=message):
@@ -413,8 +410,12 @@ def test_stock_search_has_the_stock_models_at_their_budget(work):
     budget = learning_tables.STOCK_BUDGET
     found = [result("stock models: BERT", budget=budget), result("rate: slow", budget=budget), result()]
     write(ablation_plan.RESULTS, found)
-    assert cells_of(learning_tables.stock_search(), "BERT") == ["4.000", "25.0%", "1"]
-    assert len(learning_tables.stock_search().splitlines()) == 3
+    found.append({**result("stock models: BERT", budget=budget, loss=4.5), "precision": "fp32"})
+    write(ablation_plan.RESULTS, found)
+    assert learning_tables.stock_search().splitlines()[2:] == [
+        "| BERT | bf16 | 4.000 | 25.0% | 1 |",
+        "| BERT | fp32 | 4.500 | 25.0% | 1 |",
+    ]
 
 
 def test_tables_do_not_average_results_with_different_options(work):
@@ -532,7 +533,7 @@ def test_the_tables_of_a_page_are_those_of_the_results(page, monkeypatch):
 
 def test_masked_tokens_are_means_over_the_seeds_of_a_model():
     def scores(value):
-        part = {"loss": value, "accuracy": value / 10, "bits_per_byte": value / 2}
+        part = {"loss": value, "accuracy": value / 10, "bits_per_byte": value / 2, "tokens": 10}
         return {"masked_tokens": part, "masked_words": part}
 
     found = {"models": {"runs/en-ours-0": scores(4.0), "runs/en-ours-1": scores(3.0), "x/en-BERT-2": scores(7.0)}}
@@ -697,10 +698,10 @@ def test_overlap_of_data_sets(tmp_path, monkeypatch, capsys):
 
 def test_clean_texts_hold_nothing_that_is_evaluated_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(overlap, "PRETRAINING", pretraining := {"en": ("a",)})
-    monkeypatch.setattr(clean_texts, "PRETRAINING", pretraining)
-    monkeypatch.setattr(overlap, "SENTENCES", {"en": (("task", "validation", "text"),)})
-    monkeypatch.setattr(overlap, "PASSAGES", {"en": (("task", "validation", "text"),)})
+    compared = {"en": (("task", "validation", "text"),)}
+    for module in (overlap, clean_texts):
+        for name, value in (("PRETRAINING", {"en": ("a",)}), ("SENTENCES", compared), ("PASSAGES", compared)):
+            monkeypatch.setattr(module, name, value)
     long = " ".join(map(str, range(14)))
     write_rows("task", "validation", text=["It was found.", "It was found, they said.", long + " more."])
     texts = [
@@ -710,14 +711,72 @@ def test_clean_texts_hold_nothing_that_is_evaluated_on(tmp_path, monkeypatch, ca
         "Other.",
     ]
     write_rows("a", "train", text=texts, id=[0, 1, 2, 3])
-    assert not clean_texts.is_clean("en")
+    assert not clean_texts.is_clean(tmp_path, "en")
     start(monkeypatch, clean_texts, "--data", tmp_path)
     assert capsys.readouterr().out == "a: 2 of 4 articles left out, 77.8% of the words\n"
-    assert clean_texts.is_clean("en")
+    assert clean_texts.is_clean(tmp_path, "en")
+    assert [file.name for file in (clean_texts.TEXTS / "a").iterdir()] == ["train.parquet"]
     kept = Dataset.from_parquet(str(clean_texts.TEXTS / "a/train.parquet"))
     assert kept["id"] == [0, 3]
     start(monkeypatch, overlap, "--data", ".", "--pretraining", clean_texts.TEXTS, "--output", "runs/overlap.json")
     assert [each["found"] for each in json.loads(Path("runs/overlap.json").read_text())] == [0, 0]
+    write_rows("task", "validation", text=["Other words."])  # the texts are of other data then
+    assert not clean_texts.is_clean(tmp_path, "en")
+    with pytest.raises(
+        ValueError, match=r"^--output is the folder of the data, .*: its texts would be lost\. Pass an"
+    ):
+        start(monkeypatch, clean_texts, "--data", tmp_path, "--output", ".")
+    Path("task/validation.parquet").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"task/validation\.parquet is not there: all that models are evaluated"
+    ):
+        start(monkeypatch, clean_texts, "--data", tmp_path)
+
+
+def test_overlap_of_other_texts_does_not_replace_the_results(work, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        start(monkeypatch, overlap, "--data", work, "--pretraining", "runs/clean-texts")
+    assert (
+        "benchmarks/results/overlap.json is of whole texts: with --pretraining pass --output."
+        in capsys.readouterr().err
+    )
+
+
+def test_ten_minutes_clean_the_text_and_want_a_tokenizer_of_it(work, monkeypatch, capsys):
+    monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
+    cleaned = []
+    monkeypatch.setattr(ten_minutes, "clean", lambda data, language: cleaned.append(language))
+    monkeypatch.setattr(ten_minutes, "is_clean", lambda *_: False)
+    monkeypatch.setattr(ten_minutes, "make_tokenizer", lambda options, data: sys.exit("ended"))
+    with pytest.raises(SystemExit, match="ended"):
+        start(monkeypatch, ten_minutes, "--data", work, "--language", "zh")
+    assert cleaned == ["zh"]
+    Path("runs/ten-minutes-tokenizers/zh").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        start(monkeypatch, ten_minutes, "--data", work, "--language", "zh")
+    assert "runs/ten-minutes-tokenizers/zh was learned from another text than" in capsys.readouterr().err
+    assert cleaned == ["zh"]
+
+
+def test_ten_minutes_train_on_clean_texts():
+    languages = yaml.safe_load((ROOT / ten_minutes.MODELS).read_text(encoding="utf-8"))["languages"]
+    for language, options in languages.items():
+        files = [str(clean_texts.TEXTS / name / "train.parquet") for name in overlap.PRETRAINING[language]]
+        assert options["train_file"] == files
+
+
+def test_what_stands_in_the_results_of_ten_minutes_is_what_would_be_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    written = yaml.safe_load(ten_minutes.MODELS.read_text(encoding="utf-8"))
+    for kept in trainings.read_results(ten_minutes.RESULTS):
+        options = ten_minutes.options_of_model(written, kept["model"], kept["language"])
+        assert trainings.differing(kept["options"], options) == ""
+
+
+def test_masked_tokens_of_two_tokenizers_are_not_averaged():
+    scores = {f"en-{name}": {"masked_tokens": {"tokens": count}} for name, count in (("a-0", 10), ("b-0", 11))}
+    with pytest.raises(ValueError, match=r"^en-a-0, en-b-0 were asked for different tokens: .* with one tokenizer\."):
+        learning_tables.table_of("masked_en", {"models": scores})
 
 
 def test_overlap_counts_passages_of_a_text():
