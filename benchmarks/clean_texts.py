@@ -7,7 +7,6 @@ the language that it trains on.
 """
 
 import argparse
-import hashlib
 import json
 import os
 from itertools import chain
@@ -26,6 +25,7 @@ from overlap import (
     found_in,
     words_of,
 )
+from trainings import shortened_hash
 
 TEXTS = Path("runs/clean-texts")
 
@@ -39,7 +39,7 @@ def made_from(data: Path, language: str) -> dict:
     compared = [(name, split) for name, split, *_ in (*SENTENCES[language], *PASSAGES[language])]
     trained_on = [(name, "train") for name in PRETRAINING[language]]
     files = [file_of(data, *each) for each in dict.fromkeys(trained_on + compared)]
-    hashes = {f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+    hashes = {f"{file.parent.name}/{file.name}": shortened_hash(file.read_bytes()) for file in files}
     looked_for = json.dumps([SENTENCES[language], PASSAGES[language]])
     return {"files": hashes, "looked_for": looked_for, "words": [BEGINNING, PASSAGE]}
 
@@ -64,7 +64,8 @@ def clean(data: Path, language: str, output: Path = TEXTS) -> None:
     """
     if output.resolve() == data.resolve():
         raise ValueError(f"--output is the folder of the data, {output}: its texts would be lost. Pass another one.")
-    source, left_out = made_from(data, language), {}
+    source, left_out, record = made_from(data, language), {}, record_of(language, output)
+    record.unlink(missing_ok=True)  # it says that all is written, and is so last
     wanted = by_beginning(set(chain.from_iterable(passages for _, passages in evaluated_on(data, language))))
     for name in PRETRAINING[language]:
         table = load_dataset("parquet", data_files=str(file_of(data, name, "train")), split="train")
@@ -78,8 +79,8 @@ def clean(data: Path, language: str, output: Path = TEXTS) -> None:
         share = 1 - sum(words[place] for place in kept) / max(sum(words), 1)
         left_out[name] = f"{len(table) - len(kept):,} of {len(table):,} articles left out, {share:.1%} of the words"
         print(f"{name}: {left_out[name]}", flush=True)
-    record = {"made_from": source, "left_out": left_out}
-    record_of(language, output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    written = {"made_from": source, "left_out": left_out}
+    record.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

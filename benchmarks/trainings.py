@@ -59,17 +59,19 @@ def make_tokenizer(options: dict, data: Path) -> float | None:
     return json.loads(kept.read_text(encoding="utf-8"))["seconds"] if kept.exists() else None
 
 
+def shortened_hash(content: bytes) -> str:
+    """The beginning of its SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def inputs_of(options: dict, data: Path) -> dict[str, str]:
     """What the texts and the tokenizer's entries are, by the beginnings of their SHA-256."""
-
-    def shortened(content: bytes) -> str:
-        return hashlib.sha256(content).hexdigest()[:16]
 
     files = [*options["train_file"], *options.get("validation_file", [])]
     tokenizer = json.loads(Path(options["tokenizer_name"], "tokenizer.json").read_text(encoding="utf-8"))
     entries = json.dumps(sorted(tokenizer["model"]["vocab"].items()))
-    texts = {file: shortened(Path(file.replace("DATA", str(data))).read_bytes()) for file in files}
-    return {**texts, "tokenizer's entries": shortened(entries.encode())}
+    texts = {file: shortened_hash(Path(file.replace("DATA", str(data))).read_bytes()) for file in files}
+    return {**texts, "tokenizer's entries": shortened_hash(entries.encode())}
 
 
 def start(command: list[str], threads: int) -> float:
