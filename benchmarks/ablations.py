@@ -1,8 +1,8 @@
 """What each choice is worth: short pretraining runs that differ from the default in one thing.
 
-    python benchmarks/ablations.py --data ../shared/data --group positions --seeds 0
-    python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --seeds 0 1 2
-    python benchmarks/ablations.py --data ../shared/data --row "positions: ALiBi" --equal_time
+    python benchmarks/ablations.py --data path/to/data --group positions --seeds 0
+    python benchmarks/ablations.py --data path/to/data --row "positions: ALiBi" --seeds 0 1 2
+    python benchmarks/ablations.py --data path/to/data --row "positions: ALiBi" --equal_time
 
 benchmarks/ablations.yaml has the rows. Each is one run of train/pretrain.py on one thread, which this prints before it
 starts it; --data is a folder with the data sets that the rows name. All train on the default's number of tokens. With

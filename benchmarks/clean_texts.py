@@ -1,6 +1,6 @@
 """Writes texts to pretrain on: without the articles that hold text of what models are evaluated on.
 
-    python benchmarks/clean_texts.py --data ../shared/data
+    python benchmarks/clean_texts.py --data path/to/data
 
 An article is left out for one sentence or passage that overlap.py finds in it. ten_minutes.py does this itself, for
 the language that it trains on.

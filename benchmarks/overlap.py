@@ -1,8 +1,8 @@
 """How much of what the models are evaluated on stands in the text that they are pretrained on.
 
-    python benchmarks/overlap.py --data ../shared/data --output runs/overlap.json
-    python benchmarks/overlap.py --data ../shared/data                # writes benchmarks/results/overlap.json
-    python benchmarks/overlap.py --data ../shared/data --pretraining runs/clean-texts --output runs/overlap.json
+    python benchmarks/overlap.py --data path/to/data --output runs/overlap.json
+    python benchmarks/overlap.py --data path/to/data                # writes benchmarks/results/overlap.json
+    python benchmarks/overlap.py --data path/to/data --pretraining runs/clean-texts --output runs/overlap.json
 
 The third command checks what clean_texts.py left. Words are compared without case and punctuation; a Chinese character
 is a word. Sentences are looked for whole; long texts in passages of 13 words, as Brown et al. 2020 (arXiv:2005.14165,

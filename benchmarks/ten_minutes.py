@@ -1,8 +1,8 @@
 """What ten minutes on two processor cores give: our recipe and stock encoders of its size, same text, same clock.
 
-    python benchmarks/ten_minutes.py --data ../shared/data --seeds 0 1 2
-    python benchmarks/ten_minutes.py --data ../shared/data --language zh
-    python benchmarks/ten_minutes.py --data ../shared/data --minutes 1 --output runs/try.jsonl       # a trial
+    python benchmarks/ten_minutes.py --data path/to/data --seeds 0 1 2
+    python benchmarks/ten_minutes.py --data path/to/data --language zh
+    python benchmarks/ten_minutes.py --data path/to/data --minutes 1 --output runs/try.jsonl       # a trial
 
 For each seed the models of benchmarks/ten_minutes.yaml train one after another, each a run of train/pretrain.py;
 nothing else should run on the machine. The text comes without the articles that hold text of what the models are

@@ -280,16 +280,18 @@ def test_a_name_on_the_hub(tmp_path):
     hub.repositories["ann/broken"] = Repository("ann", private=False)
     files = {path.name: File(path.read_bytes(), path.suffix in LARGE_SUFFIXES) for path in folder.iterdir()}
     hub.repositories["ann/broken"].commit("main", files, "Upload")
-    both = "[main([name, '--quick']) for name in ('ann/broken', 'ann/not-there')]"
+    both = "[main([name, '--quick']) for name in ('ann/broken', 'ann/not-there', 'not a name')]"
     code = f"from hf_selfattn.tools.doctor import main; print({both})"
     with hub.serve() as endpoint:
         here = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         told = subprocess.run(
             [sys.executable, "-c", code], env={**environment(), **here}, capture_output=True, text=True
         )
-    assert told.stdout.splitlines()[-1:] == ["[1, 2]"], told.stderr
+    assert told.stdout.splitlines()[-1:] == ["[1, 2, 2]"], told.stderr
     assert "ERROR [special tokens] The pad token has id 0 in the tokenizer, and 7 in config.json." in told.stdout
-    assert "ann/not-there cannot be examined" in told.stderr
+    for name in ("ann/not-there", "not a name"):
+        unknown = f"{name} cannot be examined: {name!r} is not a folder here, and the Hub does not give it ("
+        assert unknown in told.stderr
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_results_come_back_exactly(tmp_path):
     [
         ("owner/data", "owner/data", ["owner/data"]),
         ("docstrings", "docstrings", None),
-        ("../shared/data/sst2", "sst2", None),
+        ("../data/sst2", "sst2", None),
         ("/home/me/a.txt, /home/me/b.txt", "a.txt, b.txt", None),
         (r"C:\me\corpus", "corpus", None),
         ("tests/conftest.py", "conftest.py", None),

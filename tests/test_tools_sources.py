@@ -99,7 +99,7 @@ def test_a_bad_source_is_refused(arguments, error, message):
 
 def test_a_hub_out_of_reach_is_said_with_the_way_out(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"someone/nothing.* name a folder .* or files"):
+    with pytest.raises(ConnectionError, match=r"someone/nothing.* name data that is here: a folder .* or files"):
         load_source(SourceArguments(dataset_name="someone/nothing"))
 
 

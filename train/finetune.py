@@ -74,11 +74,13 @@ class FinetuningArguments(ScriptArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
 
 
+def check_task(task):
+    if task not in TASKS:
+        raise ValueError(f"--task is one of {', '.join(TASKS)}, got {task!r}.{nearest(task, TASKS)}")
+
+
 def make_task(arguments, splits):
-    if arguments.task not in TASKS:
-        raise ValueError(
-            f"--task is one of {', '.join(TASKS)}, got {arguments.task!r}.{nearest(arguments.task, TASKS)}"
-        )
+    check_task(arguments.task)
     return TASKS[arguments.task](arguments, splits)
 
 
@@ -94,6 +96,7 @@ def main(argv=None):
         [SourceArguments, ModelArguments, TaskArguments, FinetuningArguments], argv, __doc__
     )
     start_logging(training)
+    check_task(arguments.task)
     check_source_of_model(model_arguments)
     with training.main_process_first(desc="preparing the output folder"):
         resume_from = checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir)

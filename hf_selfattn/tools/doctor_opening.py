@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
 
 from .checkpoints import check_model_folder
@@ -35,9 +36,15 @@ def _files_of(name):
     if Path(name).exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         return Path(name).expanduser()
     small = ["*.json", "*.txt", "*.py", "*.model", "*.jinja", "merges.txt"]
-    folder = Path(snapshot_download(str(name), allow_patterns=[*small, "*.safetensors"]))
-    if not any(folder.glob("*.safetensors")):
-        snapshot_download(str(name), allow_patterns=[*small, "*.bin"])
+    try:
+        folder = Path(snapshot_download(str(name), allow_patterns=[*small, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(str(name), allow_patterns=[*small, "*.bin"])
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{str(name)!r} is not a folder here, and the Hub does not give it ({first_line(error)}). Pass the folder "
+            "of a saved model, or a name on the Hub."
+        ) from error
     return folder
 
 

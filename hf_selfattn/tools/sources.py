@@ -62,8 +62,8 @@ def _load(path, *args, **kwargs):
         return load_dataset(path, *args, **kwargs)
     except ConnectionError as error:
         raise ConnectionError(
-            f"{error}. Connect this machine, or name a folder (--dataset_name ./folder) or files (--train_file, "
-            "--validation_file) that are here."
+            f"{error}. Connect this machine, or name data that is here: a folder (--dataset_name ./folder), or files "
+            "with the options whose names end in _file."
         ) from error
     except DatasetGenerationError as error:
         cause = error.__cause__ or error.__context__ or error
