@@ -54,6 +54,19 @@ def check_alike(what: str, results: list[dict]) -> None:
             raise ValueError(f"{what} has results with different options: {differ}. Remove the lines that are old.")
 
 
+def check_same_texts(path: Path, results: list[dict]) -> None:
+    """Raises ValueError where one file or tokenizer was another in two results: losses on two texts do not compare."""
+    first = {}
+    for result in results:
+        for name, of_text in result["inputs"].items():
+            row, known = first.setdefault(name, (result["row"], of_text))
+            if known != of_text:
+                raise ValueError(
+                    f"{path}: {name} was another one for {result['row']!r} than for {row!r} ({of_text} against "
+                    f"{known}). Keep the results of each text in a file of its own."
+                )
+
+
 def results_by_row(path: Path, rows: Path, equal: str, budget: float) -> dict[str, list[dict]]:
     """{row: results} of all rows with that many "tokens" or minutes ("time") for each."""
     found = {row: [] for row in read_rows(rows)[1]}
@@ -63,8 +76,9 @@ def results_by_row(path: Path, rows: Path, equal: str, budget: float) -> dict[st
     for result in results:
         if result["row"] in found:
             found[result["row"]].append(result)
-    for row, results in found.items():
-        check_alike(f"{path}: {row!r}", results)
+    for row, results_of_row in found.items():
+        check_alike(f"{path}: {row!r}", results_of_row)
+    check_same_texts(path, results)
     return found
 
 

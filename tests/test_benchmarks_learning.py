@@ -422,6 +422,9 @@ def test_tables_do_not_average_results_with_different_options(work):
     write(ablation_plan.RESULTS, [result("rate: slow"), result("rate: slow", seed=1, learning_rate=0.5)])
     with pytest.raises(ValueError, match=r"'rate: slow' has .* options: learning_rate: 0\.001 against 0\.5\. Remove"):
         learning_tables.ablations()
+    write(ablation_plan.RESULTS, [result(), {**result("rate: slow"), "inputs": {**INPUTS, "DATA/a.parquet": "other"}}])
+    with pytest.raises(ValueError, match=r"DATA/a.parquet was another one for 'rate: slow' than for 'default'"):
+        learning_tables.ablations()
     write(ten_minutes.RESULTS, [trained(a=1), trained("BERT", a=2), trained(seed=1, a=2)])
     with pytest.raises(ValueError, match=r"'ours', en, bf16, has results with different options: a: 1 against 2"):
         learning_tables.ten_minutes("en")

@@ -290,7 +290,7 @@ def test_a_name_on_the_hub(tmp_path):
     assert told.stdout.splitlines()[-1:] == ["[1, 2, 2]"], told.stderr
     assert "ERROR [special tokens] The pad token has id 0 in the tokenizer, and 7 in config.json." in told.stdout
     for name in ("ann/not-there", "not a name"):
-        unknown = f"{name} cannot be examined: {name!r} is not a folder here, and the Hub does not give it ("
+        unknown = f"{name} cannot be examined: {name!r} is not a folder here, and the Hub does not give it: "
         assert unknown in told.stderr
 
 

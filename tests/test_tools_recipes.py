@@ -77,7 +77,7 @@ def test_a_recipe_that_is_not_there():
 
 
 def test_an_unknown_option_gets_the_nearest_name():
-    with pytest.raises(ValueError, match=r"'--coutn' is not an argument of this script. Did you mean '--count'\?"):
+    with pytest.raises(ValueError, match=r"'--coutn' is not an argument of this script. Did you mean 'count'\?"):
         parse_arguments(Options, ["--coutn", "3"])
 
 

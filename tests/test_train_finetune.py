@@ -306,6 +306,7 @@ class TestBadInput:
             "--task is one of text-classification, .* Did you mean 'text-classification'",
             task="text-clasification",
         )
+        assert not (self.folder / "out").exists()  # before anything is written or read
 
     def test_an_empty_data_set(self):
         empty = self.folder / "empty.jsonl"

@@ -52,5 +52,5 @@ def test_the_command(tmp_path, corpus):
     recipe.write_text(f"train_file: [{corpus}]\nvocab_size: 400\noutput_dir: {tmp_path / 'out'}\n")
     command = [sys.executable, str(ROOT / "train" / "train_tokenizer.py"), str(recipe), "--vocab_size", "500"]
     output = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
-    assert "tokens learned from 200 rows (500 asked for)" in output
+    assert "of the 500 tokens asked for, learned from 200 rows" in output
     assert 400 < len(AutoTokenizer.from_pretrained(tmp_path / "out")) <= 500

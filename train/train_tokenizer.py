@@ -67,8 +67,8 @@ def main(argv=None):
     record = {"arguments": vars(arguments), "versions": versions(), "results": results}
     Path(arguments.output_dir, "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print(
-        f"{arguments.output_dir}: {len(tokenizer):,} tokens learned from {len(rows):,} rows ({arguments.vocab_size:,} "
-        f"asked for), {results['characters_per_token']:.2f} characters a token."
+        f"{arguments.output_dir}: {len(tokenizer):,} of the {arguments.vocab_size:,} tokens asked for, learned from "
+        f"{len(rows):,} rows, {results['characters_per_token']:.2f} characters a token."
     )
     return results
 

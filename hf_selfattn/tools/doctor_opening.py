@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
 
 from .checkpoints import check_model_folder
@@ -40,10 +40,10 @@ def _files_of(name):
         folder = Path(snapshot_download(str(name), allow_patterns=[*small, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(str(name), allow_patterns=[*small, "*.bin"])
-    except (OSError, HFValidationError) as error:
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{str(name)!r} is not a folder here, and the Hub does not give it ({first_line(error)}). Pass the folder "
-            "of a saved model, or a name on the Hub."
+            f"{str(name)!r} is not a folder here, and the Hub does not give it: {error} Pass the folder of a saved "
+            "model, or a name on the Hub; connect this machine, or log in (`hf auth login`), where that is the reason."
         ) from error
     return folder
 

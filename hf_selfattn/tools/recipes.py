@@ -119,9 +119,9 @@ def parse_arguments(dataclass_types, argv=None, description=None):
         args=options + argv, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
-        every = [option for action in parser._actions for option in action.option_strings]
-        known = [option for option in every if "-" not in option.lstrip("-")]  # each has a spelling with "-" too
-        name = "--" + unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        every = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        known = [option for option in every if "-" not in option]  # each has a spelling with "-" too
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         raise ValueError(
             f"{unknown[0]!r} is not an argument of this script.{nearest(name, known)} "
             f"Run it with --help for all of them."

@@ -63,7 +63,7 @@ def _load(path, *args, **kwargs):
     except ConnectionError as error:
         raise ConnectionError(
             f"{error}. Connect this machine, or name data that is here: a folder (--dataset_name ./folder), or files "
-            "with the options whose names end in _file."
+            "(--train_file, --validation_file; --help has those of this script)."
         ) from error
     except DatasetGenerationError as error:
         cause = error.__cause__ or error.__context__ or error
