@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForMaskedLM, RemBertConfig, RemBertForMaskedLM
 
+from hf_selfattn import SelfAttnConfig
 from hf_selfattn.tools import neighbour_vectors as tools
 
 from .tolerances import assert_close
@@ -84,11 +86,23 @@ def test_vectors_wider_than_there_are_words_are_refused():
         tools.neighbour_vectors(tools.neighbour_counts(ROWS, V), 13)
 
 
-def test_tokens_that_the_text_has_not_keep_their_vectors():
-    model = torch.nn.Module()
-    model.get_input_embeddings = lambda: table
-    table = torch.nn.Embedding(V, 4)
-    before = table.weight.detach().clone()
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_the_text_has_not_keep_their_vectors(tied):
+    size = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = AutoModelForMaskedLM.from_config(SelfAttnConfig(vocab_size=V, tie_word_embeddings=tied, **size))
+    tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    before = [table.detach().clone() for table in tables]
     tools.init_token_vectors(model, ROWS, std=0.02)
-    assert torch.equal(table.weight[0], before[0])
-    assert_close(table.weight.detach()[1:].pow(2).mean(1).sqrt(), torch.full((V - 1,), 0.02), dtype=torch.float32)
+    assert torch.equal(tables[0][1:], tables[1][1:])
+    for table, first in zip(tables, before, strict=True):
+        assert torch.equal(table[0], first[0])
+        assert_close(table.detach()[1:].pow(2).mean(1).sqrt(), torch.full((V - 1,), 0.02), dtype=torch.float32)
+
+
+def test_an_output_layer_of_another_width_keeps_its_weights():
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = RemBertForMaskedLM(RemBertConfig(vocab_size=V, input_embedding_size=4, output_embedding_size=6, **size))
+    head = model.get_output_embeddings().weight
+    before = head.detach().clone()
+    tools.init_token_vectors(model, ROWS, std=0.02)
+    assert torch.equal(head, before)

@@ -99,8 +99,10 @@ def token_weights(counts):
 def init_token_vectors(model, rows, std, seed=0):
     """Begins a new model's token vectors with those of its training text; the first process counts for all.
 
+    The output layer begins with them, too, where it is as wide: untied weights begin as tied ones.
+
     Args:
-        model: with `get_input_embeddings`; tokens that the text has not keep their vectors.
+        model: a PreTrainedModel; tokens that the text has not keep their vectors.
         rows: for `neighbour_counts`.
         std: root mean square of the entries of each vector.
 
@@ -114,6 +116,9 @@ def init_token_vectors(model, rows, std, seed=0):
         found = [vectors, time.perf_counter() - before]
     vectors, seconds = broadcast_object_list(found)
     seen = vectors.norm(dim=1) > 0
-    weight[seen] = (vectors[seen] * std * weight.shape[1] ** 0.5).to(weight)
+    head = model.get_output_embeddings()
+    tables = [weight] if head is None or head.weight.shape != weight.shape else [weight, head.weight]
+    for table in tables:  # one and the same where they are tied
+        table[seen] = (vectors[seen] * std * weight.shape[1] ** 0.5).to(table)
     logger.info(f"Neighbours counted and factorised in {seconds:.1f} s, which are part of the training's minutes.")
     return seconds
