@@ -27,6 +27,7 @@ from pathlib import Path
 from ablation_plan import RESULTS, ROWS, plan, read_rows
 from trainings import (
     append_result,
+    check_same_texts,
     command_of,
     inputs_of,
     make_tokenizer,
@@ -99,11 +100,13 @@ def main() -> None:
     minutes, failed, precision = arguments.equal_time, [], precision_here()
     if minutes is not None and minutes <= 0:
         parser.error(f"--equal_time is a number of minutes above 0, got {minutes:g}.")
-    found = [result for result in read_results(arguments.output) if result["precision"] == precision]
+    stands = read_results(arguments.output)
     if minutes and arguments.workers > 1:
         parser.error("--equal_time trains a row and the default side by side already: leave --workers out.")
     make_tokenizer(default, arguments.data)
     inputs = inputs_of(default, arguments.data)
+    check_same_texts(arguments.output, [*stands, {"row": "what is to be run", "inputs": inputs}])
+    found = [result for result in stands if result["precision"] == precision]
     runs = plan(rows, default, arguments.seeds, found, inputs, minutes, arguments.threads)
     if done := len(rows) * len(arguments.seeds) - len(runs):
         print(f"{done} of the runs stand in {arguments.output}. Pass another --output to run them again.")

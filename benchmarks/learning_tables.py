@@ -9,13 +9,19 @@ from ablation_plan import RESULTS, ROWS, read_rows
 from ablations import MINUTES
 from overlap import RESULTS as OVERLAP
 from ten_minutes import RESULTS as TEN_MINUTES
-from trainings import differing, made_with, read_results
+from trainings import check_same_texts, differing, made_with, read_results
 
 from hf_selfattn.tools.evaluation_results import blimp_table, spread, suite_table
 
 WHOLE_TEXT = TEN_MINUTES.with_stem("ten_minutes_whole_text")  # with the articles that hold text of the evaluation
 STOCK, STOCK_BUDGET = "stock models: ", 2_000_000
-EVALUATIONS = {"masked_en": "masked_lm", "blimp_en": "BLiMP", "suite_en": "the suite", "suite_zh": "the suite"}
+EVALUATIONS = {
+    "masked_en": "masked_lm",
+    "words_en": "masked_lm and BLiMP",
+    "blimp_en": "BLiMP",
+    "suite_en": "the suite",
+    "suite_zh": "the suite",
+}
 
 
 def signed(values: list[float]) -> str:
@@ -52,19 +58,6 @@ def check_alike(what: str, results: list[dict]) -> None:
     for other in found[1:]:
         if differ := differing(found[0], other):
             raise ValueError(f"{what} has results with different options: {differ}. Remove the lines that are old.")
-
-
-def check_same_texts(path: Path, results: list[dict]) -> None:
-    """Raises ValueError where one file or tokenizer was another in two results: losses on two texts do not compare."""
-    first = {}
-    for result in results:
-        for name, of_text in result["inputs"].items():
-            row, known = first.setdefault(name, (result["row"], of_text))
-            if known != of_text:
-                raise ValueError(
-                    f"{path}: {name} was another one for {result['row']!r} than for {row!r} ({of_text} against "
-                    f"{known}). Keep the results of each text in a file of its own."
-                )
 
 
 def results_by_row(path: Path, rows: Path, equal: str, budget: float) -> dict[str, list[dict]]:
@@ -122,10 +115,10 @@ def stock_search(path: Path = RESULTS, rows: Path = ROWS) -> str:
 
 def ten_minutes(language: str, path: Path = TEN_MINUTES) -> str:
     """Ours and the stock models after the same minutes, by precision: one precision is one machine."""
-    kinds = {}
-    for result in read_results(path):
-        if (result["language"], result["budget"]) == (language, 10):
-            kinds.setdefault((result["precision"], result["model"]), []).append(result)
+    kinds, found = {}, [each for each in read_results(path) if (each["language"], each["budget"]) == (language, 10)]
+    check_same_texts(path, found)
+    for result in found:
+        kinds.setdefault((result["precision"], result["model"]), []).append(result)
     lines = [
         "| | precision | nats | accuracy | bits per byte | tokens, millions | seeds |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -176,6 +169,17 @@ def masked_by_kind(of_models: dict) -> str:
     return "\n".join(lines)
 
 
+def words_by_kind(of_models: dict) -> str:
+    """What compares models whose tokenizers differ: masked words and BLiMP, means over the seeds of each kind."""
+    lines = ["| | bits per byte of masked words | right | BLiMP | seeds |", "|---|---:|---:|---:|---:|"]
+    for kind, scores in by_kind(of_models).items():
+        bits = spread([each["masked_words"]["bits_per_byte"] for each in scores])
+        right = statistics.mean(each["masked_words"]["accuracy"] for each in scores)
+        blimp = spread([100 * each["blimp"]["accuracy"] for each in scores], digits=1)
+        lines.append(f"| {kind} | {bits} | {right:.1%} | {blimp} | {len(scores)} |")
+    return "\n".join(lines)
+
+
 def blimp_by_kind(of_models: dict) -> str:
     """BLiMP, means over the seeds of each kind of model, whose number is said."""
     kinds = {kind: [each["blimp"] for each in scores] for kind, scores in by_kind(of_models).items()}
@@ -199,17 +203,18 @@ def table_of(name: str, evaluation: dict) -> str:
     Raises:
         ValueError: that part was not evaluated; two models have the same short name.
     """
-    measure = {"masked": "masked_tokens", "blimp": "blimp"}.get(name.split("_")[0])
-    if measure:
-        part = {model: scores for model, scores in evaluation["models"].items() if measure in scores}
+    kind = name.split("_")[0]
+    measures = {"masked": {"masked_tokens"}, "words": {"masked_words", "blimp"}, "blimp": {"blimp"}}.get(kind)
+    if measures:
+        part = {model: scores for model, scores in evaluation["models"].items() if measures <= set(scores)}
     else:
         part = evaluation["suite"]
     if not part:
         raise ValueError(
             f"{name} needs {EVALUATIONS[name]}. Run train/evaluate_models.py with that among its --parts."
         )
-    if measure:
-        return {"masked_tokens": masked_by_kind, "blimp": blimp_by_kind}[measure](shortened(part))
+    if measures:
+        return {"masked": masked_by_kind, "words": words_by_kind, "blimp": blimp_by_kind}[kind](shortened(part))
     return suite_table({task: {**found, "models": shortened(found["models"])} for task, found in part.items()})
 
 

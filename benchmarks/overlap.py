@@ -95,7 +95,7 @@ def file_of(data: Path, name: str, split: str) -> Path:
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is not there: all that models are evaluated on is looked for in the text that they are "
-            "pretrained on. Put it there."
+            "pretrained on. Put it there; docs/data.md says what it holds."
         )
     return file
 

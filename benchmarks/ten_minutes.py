@@ -24,6 +24,7 @@ import yaml
 from clean_texts import clean, is_clean
 from trainings import (
     append_result,
+    check_same_texts,
     command_of,
     inputs_of,
     is_done,
@@ -93,13 +94,15 @@ def main() -> None:
             parser.error(f"no such {what}: {unknown[0]!r}. There are {', '.join(written[f'{what}s'])}.")
     text = written["languages"][arguments.language]
     precision, runs = precision_here(), []
-    found = [result for result in read_results(arguments.output) if result["precision"] == precision]
+    stands = [result for result in read_results(arguments.output) if result["language"] == arguments.language]
     if not is_clean(arguments.data, arguments.language):
         if (tokenizer := Path(text["tokenizer_name"])).exists():
             parser.error(f"{tokenizer} was learned from another text than --data gives now. Delete it, or rename it.")
         clean(arguments.data, arguments.language)
     tokenizer_seconds = make_tokenizer(text, arguments.data)
     inputs = inputs_of(text, arguments.data)
+    check_same_texts(arguments.output, [*stands, {"model": "what is to be run", "inputs": inputs}])
+    found = [result for result in stands if result["precision"] == precision]
     for seed in arguments.seeds:
         for name in arguments.models or written["models"]:
             options = options_of_model(written, name, arguments.language)

@@ -140,6 +140,20 @@ def made_with(result: dict) -> dict:
     return {"threads": result["threads"], **result["options"], **result["inputs"], **beside}
 
 
+def check_same_texts(path: Path, results: list[dict]) -> None:
+    """Raises ValueError where one file or tokenizer was another in two results: losses on two texts do not compare."""
+    first = {}
+    for result in results:
+        for name, of_text in result["inputs"].items():
+            run = result.get("row") or result["model"]
+            earlier, known = first.setdefault(name, (run, of_text))
+            if known != of_text:
+                raise ValueError(
+                    f"{path}: {name} is another one for {run!r} than for {earlier!r} ({of_text} against {known}). "
+                    "Keep the results of each text in a file of its own (--output)."
+                )
+
+
 def is_done(what: str, found: list[dict], now: dict) -> bool:
     """Whether one of the results `found` stands for a run that would be made with `now`.
 

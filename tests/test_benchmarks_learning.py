@@ -365,10 +365,24 @@ def test_ten_minutes_keep_the_tokenizers_seconds(work, monkeypatch):
     kept = trainings.read_results(ten_minutes.RESULTS)
     assert [each["model"] for each in kept] == list(written["models"])
     assert {each["tokenizer_seconds"] for each in kept} == {12.5}
-    monkeypatch.setattr(ten_minutes, "inputs_of", lambda options, data: {**INPUTS, "DATA/a.parquet": "other"})
-    message = r"'ours', en, seed 0, 10 minutes, .*: DATA/a.parquet: ca978112ca1bbdca against other\. Remove its line"
+
+
+def test_results_of_another_text_are_refused_before_any_training(work, monkeypatch):
+    """Whatever stands there: another row, seed or precision is of the same text, too."""
+    for module in (ten_minutes, ablations):
+        monkeypatch.setattr(module, "make_tokenizer", lambda options, data: None)
+        monkeypatch.setattr(module, "run", lambda *run, **options: pytest.fail("was run"))
+        monkeypatch.setattr(module, "inputs_of", lambda options, data: {**INPUTS, "DATA/a.parquet": "other"})
+        monkeypatch.setattr(module, "precision_here", lambda: "fp32")
+    monkeypatch.setattr(ten_minutes, "MODELS", ROOT / ten_minutes.MODELS)
+    monkeypatch.setattr(ten_minutes, "is_clean", lambda *_: True)
+    write(ten_minutes.RESULTS, [trained("BERT", seed=1)])
+    write(ablation_plan.RESULTS, [result("rate: slow", seed=1)])
+    message = r"DATA/a.parquet is another one for 'what is to be run' than for '.*\(other against ca978112ca1bbdca\)"
     with pytest.raises(ValueError, match=message):
-        start(monkeypatch, ten_minutes, "--data", work, "--seeds", 0)
+        start(monkeypatch, ten_minutes, "--data", work, "--models", "ours")
+    with pytest.raises(ValueError, match=message):
+        start(monkeypatch, ablations, "--data", work, "--row", "default")
 
 
 def test_spread_and_difference():
@@ -423,10 +437,16 @@ def test_tables_do_not_average_results_with_different_options(work):
     with pytest.raises(ValueError, match=r"'rate: slow' has .* options: learning_rate: 0\.001 against 0\.5\. Remove"):
         learning_tables.ablations()
     write(ablation_plan.RESULTS, [result(), {**result("rate: slow"), "inputs": {**INPUTS, "DATA/a.parquet": "other"}}])
-    with pytest.raises(ValueError, match=r"DATA/a.parquet was another one for 'rate: slow' than for 'default'"):
+    with pytest.raises(ValueError, match=r"DATA/a.parquet is another one for 'rate: slow' than for 'default'"):
         learning_tables.ablations()
     write(ten_minutes.RESULTS, [trained(a=1), trained("BERT", a=2), trained(seed=1, a=2)])
     with pytest.raises(ValueError, match=r"'ours', en, bf16, has results with different options: a: 1 against 2"):
+        learning_tables.ten_minutes("en")
+    other = {**trained("BERT", precision="fp32"), "inputs": {**INPUTS, "DATA/a.parquet": "other"}}
+    write(ten_minutes.RESULTS, [trained(), {**other, "language": "zh"}])
+    assert "BERT" not in learning_tables.ten_minutes("en")
+    write(ten_minutes.RESULTS, [trained(), other])
+    with pytest.raises(ValueError, match=r"DATA/a.parquet is another one for 'BERT' than for 'ours'"):
         learning_tables.ten_minutes("en")
 
 
@@ -545,7 +565,21 @@ def test_masked_tokens_are_means_over_the_seeds_of_a_model():
     assert cells_of(table, "BERT") == ["7.000", "70.0%", "3.500", "1"]
 
 
-@pytest.mark.parametrize("name", ["masked_en", "blimp_en", "suite_en"])
+def test_words_and_blimp_compare_models_with_different_tokenizers():
+    def scores(value):
+        return {
+            "masked_tokens": {"tokens": int(value)},
+            "masked_words": {"bits_per_byte": value / 2, "accuracy": value / 10},
+            "blimp": {"accuracy": value / 8},
+        }
+
+    found = {"models": {"en-ours-0": scores(4.0), "en-ours-1": scores(3.0), "en-16384-words-0": scores(5.0)}}
+    table = learning_tables.table_of("words_en", found)
+    assert cells_of(table, "**ours**") == ["1.750 ± 0.250", "35.0%", "43.8 ± 6.2", "2"]
+    assert cells_of(table, "16384-words") == ["2.500", "50.0%", "62.5", "1"]
+
+
+@pytest.mark.parametrize("name", ["masked_en", "words_en", "blimp_en", "suite_en"])
 def test_take_refuses_an_evaluation_without_the_tables_part(work, name):
     found = {**evaluation("mine"), "models": {"mine": {}}, "suite": {}}
     Path("evaluation.json").write_text(json.dumps(found))
@@ -563,7 +597,9 @@ def test_take_refuses_two_models_of_the_same_short_name(work):
 def test_take_refuses_an_unknown_table(work, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         start(monkeypatch, tables, "--take", "evaluation.json", "blimp_fr")
-    assert "no table 'blimp_fr'. There are masked_en, blimp_en, suite_en, suite_zh" in capsys.readouterr().err
+    assert (
+        "no table 'blimp_fr'. There are masked_en, words_en, blimp_en, suite_en, suite_zh" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("steps", "expected"), [([10, 20], 15.0), ([9], 9.0)], ids=["two", "none"])

@@ -2,7 +2,7 @@ import copy
 import json
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments
 
 from hf_selfattn.tools.opening import (
     ModelArguments,
@@ -11,6 +11,7 @@ from hf_selfattn.tools.opening import (
     new_config,
     open_config,
     parse_overrides,
+    prepare_tokenizer,
 )
 from hf_selfattn.tools.tokenizer import save_tokenizer
 
@@ -54,6 +55,21 @@ def test_a_new_configuration_from_json_and_overrides(tmp_path):
 def test_a_tokenizer_gives_the_vocabulary():
     config = open_config(ModelArguments(), tiny_tokenizer())
     assert (config.vocab_size, config.pad_token_id) == (len(tiny_tokenizer()), 0)
+
+
+@pytest.mark.parametrize("option", ["tokenizer_name", "model_name_or_path"])
+def test_a_vocabulary_size_beside_a_tokenizer_is_warned_of(option, caplog, tmp_path):
+    training, folder = TrainingArguments(output_dir=str(tmp_path)), {option: tiny_model_folder()}
+    size = len(tiny_tokenizer())
+    for asked in ({}, {"tokenizer_vocab_size": size}):
+        assert len(prepare_tokenizer(ModelArguments(**folder, **asked), training, [])) == size
+    assert not caplog.text
+    prepare_tokenizer(ModelArguments(**folder, tokenizer_vocab_size=9000), training, [])
+    assert "--tokenizer_vocab_size 9,000 has no effect" in caplog.text
+    assert f"{tiny_model_folder()} has one, of {size} tokens" in caplog.text
+    caplog.clear()
+    prepare_tokenizer(ModelArguments(tokenizer_vocab_size=9000), training, [], resume_from=tiny_model_folder())
+    assert not caplog.text
 
 
 def test_a_saved_models_options_may_be_changed():

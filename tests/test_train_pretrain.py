@@ -414,6 +414,7 @@ def test_a_plan_takes_the_vocabulary_from_a_tokenizer_that_is_here(tmp_path, cap
         printed = capsys.readouterr().out
         assert f"embeddings {size * 32:,}" in printed
         assert ("nobody/nothing is not a folder here" in printed) == (size == 1000)
+        assert ("--tokenizer_vocab_size 1,000 has no effect" in printed) == (size == known)
     script("pretrain").main([*options[2:], "--model_name_or_path", tiny_model_folder()])
     assert f"embeddings {known * 32:,}" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -142,7 +142,23 @@ def prepare_tokenizer(arguments, training, texts, resume_from=None):
         if training.process_index == 0:
             tokenizer = train_tokenizer(texts, arguments.tokenizer_vocab_size, arguments.tokenizer_algorithm)
             save_tokenizer(tokenizer, name)
-    return open_tokenizer(name, trust_remote_code=arguments.trust_remote_code)
+        return open_tokenizer(name)
+    tokenizer = open_tokenizer(name, trust_remote_code=arguments.trust_remote_code)
+    if name != resume_from and training.process_index == 0 and (remark := unused_vocab_size(arguments, tokenizer)):
+        logger.warning(remark)
+    return tokenizer
+
+
+def unused_vocab_size(arguments, tokenizer):
+    """That a --tokenizer_vocab_size which is not the default has no effect beside this tokenizer, or None."""
+    size, tokens = arguments.tokenizer_vocab_size, len(tokenizer)
+    if size in (ModelArguments.tokenizer_vocab_size, tokens):
+        return None
+    return (
+        f"--tokenizer_vocab_size {size:,} has no effect: it is for a tokenizer that is learned from the data, and "
+        f"{arguments.tokenizer_name or arguments.model_name_or_path} has one, of {tokens:,} tokens. Leave "
+        "the option out, or, for a new model, --tokenizer_name."
+    )
 
 
 def open_config(arguments, tokenizer, **changes):

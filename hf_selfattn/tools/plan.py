@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM
 from ..masks import allowed
 from ..packing import Tokens
 from ..patterns import layer_patterns
-from .opening import new_config, open_config
+from .opening import new_config, open_config, unused_vocab_size
 from .optimizers import hidden_matrices
 from .tokenizer import open_tokenizer
 from .windows import positions_of, window_length
@@ -273,7 +273,9 @@ def plan_pretraining(model_arguments, arguments, training):
     else:
         name, vocab_size = model_arguments.tokenizer_name, model_arguments.tokenizer_vocab_size
         if name is not None and Path(name).is_dir():
-            vocab_size = max(open_tokenizer(name).get_vocab().values()) + 1
+            tokenizer = open_tokenizer(name)
+            vocab_size = max(tokenizer.get_vocab().values()) + 1
+            remarks += filter(None, [unused_vocab_size(model_arguments, tokenizer)])
         elif name is not None:
             remarks.append(f"{name} is not a folder here: its vocabulary is taken to be --tokenizer_vocab_size.")
         config = new_config(model_arguments, vocab_size=vocab_size)
