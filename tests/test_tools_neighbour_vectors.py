@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForMaskedLM, RemBertConfig, RemBertForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, RemBertConfig, RemBertForMaskedLM
 
 from hf_selfattn import SelfAttnConfig
 from hf_selfattn.tools import neighbour_vectors as tools
@@ -87,7 +87,7 @@ def test_vectors_wider_than_there_are_words_are_refused():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tokens_that_the_text_has_not_keep_their_vectors(tied):
+def test_both_sides_begin_with_them_except_tokens_that_the_text_has_not(tied):
     size = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = AutoModelForMaskedLM.from_config(SelfAttnConfig(vocab_size=V, tie_word_embeddings=tied, **size))
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
@@ -97,6 +97,15 @@ def test_tokens_that_the_text_has_not_keep_their_vectors(tied):
     for table, first in zip(tables, before, strict=True):
         assert torch.equal(table[0], first[0])
         assert_close(table.detach()[1:].pow(2).mean(1).sqrt(), torch.full((V - 1,), 0.02), dtype=torch.float32)
+
+
+def test_a_model_without_an_output_layer_begins_with_them():
+    size = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = AutoModel.from_config(SelfAttnConfig(vocab_size=V, **size))
+    assert model.get_output_embeddings() is None
+    before = model.get_input_embeddings().weight.detach().clone()
+    tools.init_token_vectors(model, ROWS, std=0.02)
+    assert (model.get_input_embeddings().weight[1:] != before[1:]).all()
 
 
 def test_an_output_layer_of_another_width_keeps_its_weights():
