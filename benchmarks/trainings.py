@@ -9,11 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from hf_selfattn.tools.fast_defaults import accelerator_available, bf16_in_hardware
 
-RECIPE = Path("train/recipes/cpu-10-minutes.yaml")
+VOCABULARY = 8192  # of the comparisons' tokenizers
 SCORES = ("loss", "accuracy", "bits_per_byte", "masked_tokens", "unigram_loss")
 
 
@@ -49,10 +47,9 @@ def make_tokenizer(options: dict, data: Path) -> float | None:
     folder = Path(options["tokenizer_name"])
     kept = folder / "seconds.json"
     if not (folder / "tokenizer.json").exists():
-        size = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["tokenizer_vocab_size"]
         files = [each.replace("DATA", str(data)) for each in options["train_file"]]
         command = [sys.executable, "train/train_tokenizer.py", "--train_file", *files, "--text_column"]
-        command += [options["text_column"], "--vocab_size", str(size), "--output_dir", str(folder)]
+        command += [options["text_column"], "--vocab_size", str(VOCABULARY), "--output_dir", str(folder)]
         before = time.perf_counter()
         subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, check=True)
         kept.write_text(json.dumps({"seconds": round(time.perf_counter() - before, 1)}), encoding="utf-8")

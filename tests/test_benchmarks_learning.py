@@ -342,7 +342,6 @@ def test_tokenizer_is_trained_once_and_its_seconds_are_kept(work, monkeypatch):
 
     commands = []
     monkeypatch.setattr(trainings.subprocess, "run", train)
-    monkeypatch.setattr(trainings, "RECIPE", ROOT / trainings.RECIPE)
     assert trainings.make_tokenizer(DEFAULT, work) is None
     Path("tokenizer/tokenizer.json").unlink()
     assert trainings.make_tokenizer(DEFAULT, work) == trainings.make_tokenizer(DEFAULT, work) >= 0
